@@ -1,0 +1,157 @@
+"""COCO and every other data set in COCO's annotation format."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torchvision import tv_tensors
+
+from datasets.annotations import mend_coco, pack, read_coco
+from datasets.base import DetectionDataset
+from datasets.transforms import has_area, keep_objects
+from util.dist import info
+from util.errors import UserError
+
+# The 80 category ids of COCO: 1..90 with ten holes. Published weights use them directly as labels.
+COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+
+
+class CocoDetection(DetectionDataset):
+    """Images of a folder, boxes of a COCO-format file.
+
+    Images come in the order of their ids; those without objects are kept. Crowd regions are no targets, but the
+    evaluation knows them. Images are opened as RGB and, as in the published code, not turned by their EXIF tag.
+
+    Args:
+        images: folder that the `file_name`s of the annotation file are relative to.
+        annotations: COCO-format JSON file.
+        category_ids: `contiguous`, `raw` or `auto`, see `--category_ids`.
+        num_classes: number of labels, at least what the file needs; None: as the file needs.
+        flags: the command-line flags that named folder and file, for messages.
+
+    Raises:
+        UserError: see `datasets.annotations`; also when the first image is not in the folder.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        annotations: str | Path,
+        *,
+        transforms: nn.Module,
+        seed: int = 0,
+        category_ids: str = "auto",
+        num_classes: int | None = None,
+        flags: tuple[str, str] = ("--train_images", "--train_json"),
+    ) -> None:
+        super().__init__(transforms=transforms, seed=seed)
+        self.folder, self.path, self.flags = Path(images), Path(annotations), flags
+        data = read_coco(self.path, flags[1])
+        notes = mend_coco(data, self.path)
+        categories = {category["id"]: category["name"] for category in data["categories"]}
+        raw = category_ids == "raw" or (category_ids == "auto" and set(categories) == COCO_IDS)
+        self.set_classes(categories, raw=raw, num_classes=num_classes)
+        entries = sorted(data["images"], key=lambda image: image["id"])
+        self.image_ids = [image["id"] for image in entries]
+        self._names = np.asarray([image["file_name"] for image in entries], dtype=np.str_)
+        self._sizes = np.asarray([(image.get("height") or 0, image.get("width") or 0) for image in entries], np.int64)
+        labels = {category_id: label for label, category_id in enumerate(self.category_ids) if category_id >= 0}
+        self._packed, more = pack(data, self.image_ids, labels, self.path)
+        self._encoded: dict[int, bytes] = {}
+        for note in notes + more:
+            info(note)
+        if entries and not self._file(0).is_file():
+            raise UserError(f"{self._missing(0)}; is {self.folder} the right folder? It is given by {flags[0]}")
+
+    def _file(self, index: int) -> Path:
+        return self.folder / str(self._names[index])
+
+    def _missing(self, index: int) -> str:
+        return f"image file {self._file(index)} (image id {self.image_ids[index]} of {self.path}) does not exist"
+
+    def _bytes(self, index: int) -> bytes:
+        try:
+            return self._file(index).read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{self._missing(index)}; restore it or take it out of the annotation file") from error
+
+    def cache(self, indices: Iterable[int]) -> None:
+        """Read these image files into memory, still encoded; forked workers share the pages."""
+        for index in indices:
+            self._encoded[index] = self._bytes(index)
+
+    def load_image(self, index: int) -> Image.Image:
+        """Return image `index` as RGB, in the size of the file."""
+        content = self._encoded.get(index) or self._bytes(index)
+        try:
+            image = Image.open(io.BytesIO(content)).convert("RGB")
+        except (OSError, SyntaxError) as error:  # PIL raises the latter for some broken PNG files
+            raise UserError(
+                f"image file {self._file(index)} (image id {self.image_ids[index]}) cannot be read: {error}; "
+                "replace it or take it out of the annotation file"
+            ) from error
+        noted = tuple(self._sizes[index].tolist())
+        if all(noted) and noted != (image.height, image.width):
+            raise UserError(
+                f"image file {self._file(index)} (image id {self.image_ids[index]}) is {image.width} x {image.height}, "
+                f"the annotation file says {noted[1]} x {noted[0]}: its boxes would be wrong. Was it resized, or "
+                "turned by its EXIF tag, after it was annotated? Mend the file or its entry"
+            )
+        return image
+
+    def load(self, index: int) -> tuple[Image.Image, dict]:
+        image = self.load_image(index)
+        rows = slice(self._packed.first[index], self._packed.first[index + 1])
+        corners = torch.from_numpy(self._packed.boxes[rows].copy())
+        corners[:, 2:] += corners[:, :2]
+        corners[:, 0::2].clamp_(min=0, max=image.width)
+        corners[:, 1::2].clamp_(min=0, max=image.height)
+        labels = torch.from_numpy(self._packed.labels[rows].copy())
+        size = image.height, image.width
+        sample = {
+            "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
+            "labels": labels,
+            "area": torch.from_numpy(self._packed.areas[rows].copy()),
+            "iscrowd": torch.zeros_like(labels),
+            "image_id": self.image_ids[index],
+            "orig_size": size,
+        }
+        return image, keep_objects(sample, has_area(corners))
+
+    def ground_truth(self) -> dict:
+        """Return the mended annotations. Read anew: keeping them would cost gigabytes on COCO's training set."""
+        data = read_coco(self.path, self.flags[1])
+        mend_coco(data, self.path)
+        return data
+
+
+def build_coco(image_set: str, args: argparse.Namespace, *, transforms: nn.Module) -> CocoDetection:
+    """Return the `train` or `val` set of `--coco_path`, or the one that `--{train,val}_images` and `_json` name."""
+    part = "train" if args.eval_in_training_set else image_set
+    images, annotations = getattr(args, f"{part}_images"), getattr(args, f"{part}_json")
+    flags = (f"--{part}_images", f"--{part}_json")
+    if not annotations:
+        root = Path(args.coco_path)
+        if not root.is_dir():
+            raise UserError(
+                f"--coco_path {root} is not a folder; it must hold train2017/, val2017/ and annotations/. For any "
+                f"other layout give {flags[0]} FOLDER and {flags[1]} FILE; --dataset_file synthetic needs no files"
+            )
+        images, annotations = root / f"{part}2017", root / "annotations" / f"instances_{part}2017.json"
+        flags = ("--coco_path", "--coco_path")
+    return CocoDetection(
+        images,
+        annotations,
+        transforms=transforms,
+        seed=args.seed,
+        category_ids=args.category_ids,
+        num_classes=args.num_classes,
+        flags=flags,
+    )

@@ -1,0 +1,210 @@
+"""Train and evaluate a detector: `python main.py --help`, presets in `configs/`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import ops
+from datasets import build_dataset, build_eval_loader, build_train_loader, check_same_categories
+from models import build_model
+from util import dist
+from util.args import check_args, get_args_parser
+from util.checkpoint import init_from, load_weights, read_checkpoint
+from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
+from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
+from util.errors import UserError
+from util.evaluation import Evaluation, best_result
+from util.logger import RunLog
+from util.nonfinite import NonFiniteGuard
+from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
+from util.rng import seed_everything
+from util.train_state import TrainState
+
+__all__ = ["get_args_parser", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 after a mistake of the user, told without a traceback."""
+    args = get_args_parser().parse_args(argv)
+    try:
+        check_args(args)
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        dist.shutdown()
+    return 0
+
+
+def run(args: Namespace) -> None:
+    """Build everything, then train or evaluate."""
+    device = dist.init_distributed_mode(args.device, args.local_rank, args.dist_timeout)
+    output_dir = prepare_output_dir(args.output_dir)
+    ops.set_backend(args.ops_backend)
+    torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
+    checkpoint, name = open_checkpoint(args, output_dir)
+
+    train_set = None if args.eval else build_dataset("train", args)
+    val_set = build_dataset("val", args)
+    if train_set is not None:
+        check_same_categories(train_set, val_set)
+    args.num_classes = args.num_classes or val_set.num_classes
+
+    seed_everything(args.seed)
+    model, criterion, postprocessor = build_parts(args, device, download=checkpoint is None)
+    if checkpoint is None and args.init_from:
+        start_from(args, model, val_set.class_names)
+    freeze(model, args.freeze)
+    describe_run(args, device, model, train_set, val_set)
+    if output_dir is not None:
+        write_run_files(args, output_dir)
+
+    shared = {"num_workers": args.num_workers, "rank": dist.rank(), "world_size": dist.world_size()}
+    shared["pin_memory"] = device.type == "cuda"
+    settings = StepSettings(args.amp, args.grad_accum_steps, args.clip_max_norm, args.print_freq, args.save_steps)
+    evaluation = Evaluation(
+        loader=build_eval_loader(val_set, batch_size=args.eval_batch_size, **shared),
+        criterion=criterion if args.eval_loss else None,
+        postprocessor=postprocessor,
+        settings=settings,
+        device=device,
+        output_dir=output_dir,
+        topk=args.topk,
+        evaluator=args.evaluator,
+        draw=args.draw,
+    )
+    if args.eval:
+        evaluate_checkpoint(args, evaluation, model, checkpoint, name)
+    else:
+        cache = {"cache_mode": args.cache_mode, "local_rank": dist.local_rank(), "local_size": dist.local_world_size()}
+        loader = build_train_loader(train_set, batch_size=args.batch_size, seed=args.seed, **shared, **cache)
+        state = build_state(args, model, criterion, device, val_set)
+        seed_everything(args.seed + dist.rank())  # dropout differs between processes; the weights did not
+        if checkpoint is None:
+            state.start_at(args.start_epoch)
+        else:
+            state.resume(checkpoint, name, args.start_epoch)
+        train(args, evaluation, state, loader)
+    dist.info(f"outputs are in {output_dir}" if output_dir else "nothing was saved: there is no --output_dir")
+
+
+def open_checkpoint(args: Namespace, output_dir: Path | None) -> tuple[dict[str, Any] | None, str]:
+    """Return content and name of the file that `--resume` means, (None, "") if there is none to resume."""
+    name = args.resume
+    if name == "auto":
+        latest = output_dir / "checkpoint.pth"
+        if args.eval and not latest.is_file():
+            raise UserError(f"--eval --resume auto: there is no {latest}")
+        name = str(latest) if latest.is_file() else ""
+        dist.info(f"--resume auto: {name or 'no checkpoint.pth yet, this is a new run'}")
+    return (read_checkpoint(name), name) if name else (None, "")
+
+
+def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Return detector, criterion and post-processor; without `download` a checkpoint will fill the backbone."""
+    if not download:
+        args.backbone_weights, args.pretrained_backbone_path = "none", ""
+    with dist.local_main_first():
+        model, criterion, postprocessor = build_model(args)
+    return model.to(device), criterion.to(device), postprocessor
+
+
+def start_from(args: Namespace, model: nn.Module, class_names: Sequence[str]) -> None:
+    """Load `--init_from` and say what of it was used."""
+    report, copied = init_from(model, args.init_from, class_names, args.init_class_rows)
+    dist.info(f"--init_from {args.init_from}: took {len(report.loaded)} tensors, the rest keeps its initial values")
+    for line in [*report.lines, *report.text().splitlines()]:
+        dist.info(f"  {line}")
+    if args.init_class_rows:
+        dist.info(f"class rows copied by name: {', '.join(copied) or 'none, no class has the same name in both'}")
+
+
+def build_state(args: Namespace, model: nn.Module, criterion: nn.Module, device: torch.device, dataset) -> TrainState:
+    """Return the optimiser, the schedule and the rest of what changes while training."""
+    factor = lr_scale_factor(args.lr_scale, effective_batch(args), args.recipe_batch_size)
+    optimizer = build_optimizer(args, model, criterion, factor)
+    drops = drop_epochs(args.lr_drop, args.lr_drop_epochs, args.epochs)
+    return TrainState(
+        model=model,
+        criterion=criterion,
+        optimizer=optimizer,
+        schedule=StepSchedule(optimizer, drops, args.warmup_steps),
+        scaler=torch.amp.GradScaler(device.type, enabled=args.amp == "fp16"),
+        ema=ModelEma(model, args.ema_decay) if args.use_ema else None,
+        args=plain_args(args),
+        class_names=dataset.class_names,
+        category_ids=dataset.category_ids,
+    )
+
+
+def train(args: Namespace, evaluation: Evaluation, state: TrainState, loader: DataLoader) -> None:
+    """Train the epochs that are left; each is trained, saved, evaluated and logged, in this order."""
+    output_dir = evaluation.output_dir
+    train_step = distribute(TrainStep(state.model, state.criterion), evaluation.device, args.find_unused_params)
+    guard = NonFiniteGuard(output_dir, args.max_nonfinite)
+    log = RunLog(output_dir, tensorboard=args.tensorboard)
+    logged = [entry for entry in log.entries() if entry["epoch"] <= state.epoch]
+    state.best = best_result(logged, state.best)
+    if state.train_stats and not state.step and state.epoch not in [entry["epoch"] for entry in logged]:
+        finish_epoch(args, evaluation, state, log)  # the run was stopped after saving and before evaluating
+    if state.epoch + 1 >= args.epochs:
+        dist.info(f"nothing left to do: epoch {state.epoch} of {args.epochs} is done, counted from 0; raise --epochs")
+    while state.epoch + 1 < args.epochs:
+        loader.batch_sampler.set_epoch(state.epoch + 1, start_batch=state.step)
+        save = (lambda: state.save(output_dir / "checkpoint.pth")) if output_dir else None
+        stats = train_one_epoch(train_step, loader, state, evaluation.settings, guard, evaluation.device, save)
+        state.finish_epoch(stats)
+        if output_dir is not None:
+            done = state.epoch + 1
+            numbered = done % args.save_every == 0 or done in state.schedule.drops
+            names = ["checkpoint.pth"] + [f"checkpoint{state.epoch:04}.pth"] * numbered
+            state.save(*(output_dir / name for name in names))
+        finish_epoch(args, evaluation, state, log)
+    log.close()
+
+
+def finish_epoch(args: Namespace, evaluation: Evaluation, state: TrainState, log: RunLog) -> None:
+    """Evaluate if it is time, write the line of the log, keep the best weights."""
+    entry: dict[str, Any] = {f"train_{name}": value for name, value in state.train_stats.items()}
+    done = state.epoch + 1
+    if done % args.eval_every == 0 or done >= args.epochs:
+        entry |= evaluation.run(state.model, state.ema, state.epoch)
+    entry |= {"epoch": state.epoch, "n_parameters": count_parameters(state.model)}
+    best = best_result([entry], state.best)
+    if best != state.best:
+        state.best = best
+        if evaluation.output_dir is not None:
+            state.save_weights(evaluation.output_dir / "checkpoint_best.pth")
+    log.write(entry)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trained parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def evaluate_checkpoint(
+    args: Namespace, evaluation: Evaluation, model: nn.Module, content: Mapping[str, Any], name: str
+) -> None:
+    """Evaluate the weights of a file, and its averaged weights with `--use_ema`."""
+    for line in load_weights(model, content, name=name).lines:
+        dist.info(f"{name}: {line}")
+    ema = ModelEma(model, args.ema_decay) if args.use_ema else None
+    if ema is not None:
+        if "ema" not in content:
+            raise UserError(f"--use_ema: {name} holds no averaged weights; leave --use_ema out")
+        ema.load_state_dict(content["ema"])
+    evaluation.run(model, ema, content.get("epoch", 0), final=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""One-to-one matching: the queries of inference, taught by Hungarian matching on every layer (DETR; Deformable-DETR)."""
+
+from __future__ import annotations
+
+from models.groups.base import Context, GroupSource
+from util.structures import QueryGroup, Supervision
+
+
+class OneToOne(GroupSource):
+    """The group `one2one`; it takes the best-ranked queries and is the only one alive in inference."""
+
+    training_only = False
+
+    def __init__(self, num_queries: int) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+
+    def forward(self, ctx: Context) -> list[QueryGroup]:
+        seeds = ctx.seeds
+        return [QueryGroup("one2one", seeds.content, seeds.reference, seeds.pos, (Supervision("hungarian"),))]

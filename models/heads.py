@@ -1,0 +1,69 @@
+"""Class and box heads, and how a box head's offset becomes a box (Deformable-DETR, section 4.1 and appendix A.3)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from util.boxes import inverse_sigmoid
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU in between; parameters are `layers.{i}`."""
+
+    def __init__(self, in_features: int, hidden: int, out_features: int, num_layers: int) -> None:
+        super().__init__()
+        widths = [in_features, *[hidden] * (num_layers - 1), out_features]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def shift_box(delta: Tensor, reference: Tensor) -> Tensor:
+    """Return boxes (..., 4) in (0, 1): the offset `delta` (..., 4) added to `reference` before the sigmoid.
+
+    A reference of 2 numbers (a point) shifts only the centre; one of 4 numbers (a box) all four. In float32.
+    """
+    delta, anchor = delta.float(), inverse_sigmoid(reference.float())
+    if anchor.shape[-1] == 2:
+        delta = torch.cat([delta[..., :2] + anchor, delta[..., 2:]], -1)
+    else:
+        delta = delta + anchor
+    return delta.sigmoid()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads by decoder layer; entry `dec_layers` (two-stage only) belongs to the encoder proposals."""
+
+    class_embed: nn.ModuleList
+    bbox_embed: nn.ModuleList
+
+
+def build_heads(*, width: int, num_classes: int, dec_layers: int, refine: bool, two_stage: bool) -> Heads:
+    """Return the heads with their published initial values.
+
+    Without refinement all layers share one pair; with refinement every layer has its own copy, and in two-stage there
+    is one more for the encoder. The prior of the class head is 0.01. The box size starts at sigmoid(-2) where the
+    reference is a point: in the shared head, or in copy 0; proposals are boxes already, so two-stage starts at 0.
+    """
+    class_head, box_head = nn.Linear(width, num_classes), MLP(width, width, 4, 3)
+    nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
+    nn.init.zeros_(box_head.layers[-1].weight)
+    nn.init.zeros_(box_head.layers[-1].bias)
+    count = dec_layers + int(two_stage)
+    if refine:
+        class_heads = [copy.deepcopy(class_head) for _ in range(count)]
+        box_heads = [copy.deepcopy(box_head) for _ in range(count)]
+    else:
+        class_heads, box_heads = [class_head] * count, [box_head] * count
+    if not two_stage:
+        nn.init.constant_(box_heads[0].layers[-1].bias[2:], -2.0)
+    return Heads(nn.ModuleList(class_heads), nn.ModuleList(box_heads))

@@ -1,0 +1,115 @@
+"""Encoder, decoder and where the decoder's first queries come from.
+
+There is one class per origin of the queries, so that its layers have the published names (`transformer.reference_points`,
+`transformer.enc_output`, ...). A training scheme (`models/groups/`) asks for ranked rows of these queries and does not know
+the origin: every scheme works with learned and with proposal queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models import proposals
+from models.decoder import DeformableDecoder
+from models.encoder import DeformableEncoder, xavier_matrices
+from models.heads import Heads
+from models.position_encoding import sine_embed_boxes
+from util.structures import Memory, Predictions, Seeds
+
+
+class DeformableTransformer(nn.Module):
+    """What all origins of the queries share: level embedding, encoder and decoder."""
+
+    query_width: int  # columns of the table `query_embed`, 0 = there is none
+
+    def __init__(self, encoder: DeformableEncoder, decoder: DeformableDecoder, *, num_levels: int, width: int) -> None:
+        super().__init__()
+        self.level_embed = nn.Parameter(torch.randn(num_levels, width))
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def encode(self, maps: Sequence[Tensor], positions: Sequence[Tensor], paddings: Sequence[Tensor]) -> Memory:
+        """Encode the projected maps [(B, D, h, w)]; the level embedding is added to the position encodings here."""
+        levels = [p.to(m.dtype) + e[:, None, None] for p, m, e in zip(positions, maps, self.level_embed)]
+        return self.encoder(maps, levels, paddings)
+
+    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
+        """Return the first `count` queries by rank; `table` is the weight of `query_embed`, if there is one."""
+        raise NotImplementedError
+
+
+class LearnedQueryTransformer(DeformableTransformer):
+    """Queries are rows of a table: first half position, second half content (Deformable-DETR, section 4.1).
+
+    The reference point of a query is a linear function of its position and the same for all images.
+    """
+
+    def __init__(self, encoder: DeformableEncoder, decoder: DeformableDecoder, *, num_levels: int, width: int) -> None:
+        super().__init__(encoder, decoder, num_levels=num_levels, width=width)
+        self.query_width = 2 * width
+        self.reference_points = nn.Linear(width, 2)
+        nn.init.xavier_uniform_(self.reference_points.weight)
+        nn.init.zeros_(self.reference_points.bias)
+
+    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
+        batch = len(memory.tokens)
+        pos, content = table[:count].expand(batch, -1, -1).chunk(2, dim=-1)
+        reference = self.reference_points(pos).float().sigmoid()
+        return Seeds(content, pos, reference)
+
+
+class TwoStageTransformer(DeformableTransformer):
+    """Queries come from the best encoder proposals (Deformable-DETR, section 4.2).
+
+    Args:
+        mixed_selection: only the position comes from the proposal, the content is row i of a learned table for the
+            proposal of rank i (DINO, section 3.4; H-DETR's tricks).
+    """
+
+    def __init__(
+        self,
+        encoder: DeformableEncoder,
+        decoder: DeformableDecoder,
+        *,
+        num_levels: int,
+        width: int,
+        mixed_selection: bool,
+    ) -> None:
+        super().__init__(encoder, decoder, num_levels=num_levels, width=width)
+        self.query_width = width if mixed_selection else 0
+        self.mixed_selection = mixed_selection
+        self.enc_output = nn.Linear(width, width)
+        self.enc_output_norm = nn.LayerNorm(width)
+        self.pos_trans = nn.Linear(2 * width, 2 * width)
+        self.pos_trans_norm = nn.LayerNorm(2 * width)
+        xavier_matrices(self.enc_output)
+        xavier_matrices(self.pos_trans)
+
+    def propose(self, memory: Memory, heads: Heads) -> tuple[Predictions, Tensor]:
+        """Score every token as a proposal.
+
+        Returns:
+            The predictions of the set `encoder` (L = 1, N = S) and the box logits (B, S, 4), +inf at invalid tokens.
+            Invalid tokens are zeroed before the projection, so they all carry the same vector and the same score.
+        """
+        prior, invalid = proposals.proposal_logits(memory.padding, memory.shapes)
+        tokens = memory.tokens.masked_fill(invalid[..., None], 0.0)
+        tokens = self.enc_output_norm(self.enc_output(tokens))
+        scores = heads.class_embed[-1](tokens).float()
+        box_logits = heads.bbox_embed[-1](tokens).float() + prior
+        return Predictions(scores[None], box_logits.sigmoid()[None]), box_logits
+
+    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
+        encoder, box_logits = self.propose(memory, heads)
+        # Class 0 stands for "object": the class-agnostic loss of the set `encoder` puts every target there.
+        best = proposals.select_top(encoder.logits[0, ..., 0].detach(), count)
+        boxes = proposals.gather_rows(box_logits.detach(), best).sigmoid()
+        embedded = sine_embed_boxes(boxes, self.pos_trans.in_features // 4)
+        pos, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
+        if self.mixed_selection:
+            # The second half is thrown away, but the norm still runs over both halves.
+            content = table[: best.shape[1]].expand(len(best), -1, -1)
+        return Seeds(content, pos, boxes, encoder)

@@ -1,0 +1,107 @@
+"""Which implementation of the operator runs: the compiled kernels where there are any, plain PyTorch elsewhere.
+
+Automatic unless forced by `set_backend` or, below that, by the environment variable ASSIGNDETR_OPS_BACKEND.
+"""
+
+import os
+import sys
+
+import torch
+
+from . import build
+
+BACKENDS = ("reference", "cpu", "cuda")
+VARIABLE = "ASSIGNDETR_OPS_BACKEND"
+
+_forced = "auto"
+_failed: dict[str, str] = {}  # kernel -> why it could not be loaded; one attempt per process
+_loaded: set[str] = set()
+
+
+def set_backend(name: str) -> None:
+    """Force an implementation for all later calls of the operator, compiled graphs included.
+
+    Args:
+        name: "reference", "cpu" or "cuda"; "auto" goes back to ASSIGNDETR_OPS_BACKEND or, where that is not set, to the
+            compiled kernel of the tensors' device, and to the reference if there is none.
+
+    Raises:
+        ValueError: if the name is unknown or that backend can neither be found nor built here.
+    """
+    global _forced
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"unknown ops backend '{name}'; allowed: auto, {', '.join(BACKENDS)}")
+    if name not in ("auto", "reference") and (reason := _why_unavailable(name)):
+        raise ValueError(f"the ops backend '{name}' is not available: {reason}. Available: {', '.join(backends())}")
+    _forced = name
+
+
+def backends() -> tuple[str, ...]:
+    """Return the backends that are ready here or can be built on first use. Compiles nothing."""
+    return tuple(name for name in BACKENDS if name == "reference" or _why_unavailable(name) is None)
+
+
+def active_backend(device: torch.device | str) -> str:
+    """Return the backend that computes tensors on `device`. Compiles the kernel if it is needed and was not built yet.
+
+    Raises:
+        ValueError: if a backend is forced that does not fit the device or is not available.
+    """
+    kind = torch.device(device).type
+    name = _forced if _forced != "auto" else os.environ.get(VARIABLE) or "auto"
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"{VARIABLE} is '{name}'; allowed: auto, {', '.join(BACKENDS)}")
+    if name == "reference":
+        return name
+    if name != "auto":
+        if name != kind:
+            raise ValueError(
+                f"the ops backend '{name}' is forced, but the tensors are on '{kind}'; use auto or reference"
+            )
+        if not _load(name):
+            raise ValueError(f"the ops backend '{name}' is forced but not available: {_failed[name]}")
+        return name
+    if kind in build.KERNELS:
+        if _load(kind):
+            return kind
+        _report(kind)
+    return "reference"
+
+
+def _load(kind: str) -> bool:
+    """Load a compiled kernel, building it if necessary; False, with the reason in `_failed`, if that fails."""
+    if kind not in _loaded and kind not in _failed:
+        try:
+            build.load(kind)
+            _loaded.add(kind)
+        except build.BuildError as error:
+            _failed[kind] = str(error)
+    return kind in _loaded
+
+
+_reported: set[str] = set()
+
+
+def _report(kind: str) -> None:
+    """Say once, on one line and from one process per machine, that the compiled kernel is missing."""
+    if kind in _reported:
+        return
+    _reported.add(kind)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"ops: no {kind} kernel, using the slower reference: {_failed[kind]}. To build it: {build.HOW_TO_BUILD}",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _why_unavailable(kind: str) -> str | None:
+    if kind in _loaded:
+        return None
+    if kind in _failed:
+        return _failed[kind]
+    if kind == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    if build.built_library(kind):
+        return None
+    return build.why_not_buildable(kind)

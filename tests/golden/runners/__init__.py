@@ -1,0 +1,35 @@
+"""One runner per `case_kind`: `run(meta, arrays)` asserts everything that the case stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from tests.golden.runners import (
+    attention,
+    boxes,
+    construction,
+    criterion,
+    data_transforms,
+    detector,
+    matching,
+    parts,
+    swin,
+)
+
+RUNNERS: dict[str, Callable[[dict, dict[str, np.ndarray]], None]] = {
+    "op_ms_deform_attn": attention.run_operator,
+    "module_ms_deform_attn": attention.run_module,
+    "box_ops": boxes.run_box_ops,
+    "postprocess": boxes.run_postprocess,
+    "matcher": matching.run,
+    "criterion": criterion.run,
+    "sine_position": parts.run_sine_position,
+    "frozen_bn": parts.run_frozen_bn,
+    "two_stage_proposals": parts.run_two_stage_proposals,
+    "swin_small_window": swin.run,
+    "data_transforms": data_transforms.run,
+    "construction": construction.run,
+    "deformable_detr_model": detector.run,
+}

@@ -1,0 +1,217 @@
+"""Presets and launchers: every preset gives flags the parser takes, and those of the published tables are the tables'."""
+
+import os
+import shlex
+import subprocess
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from util.args import check_args, get_args_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+PRESETS = sorted(CONFIGS.glob("*/*.sh"))
+SHELL_FILES = [*PRESETS, *sorted(CONFIGS.glob("*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
+
+# What a row changes against the defaults of the parser (spec of the published results; batch 2 per process).
+BASELINE = {
+    "with_box_refine": True,
+    "two_stage": True,
+    "dim_feedforward": 2048,
+    "num_queries_one2many": 0,
+    "k_one2many": 0,
+    "recipe_batch_size": 16,
+}
+TRICKS = BASELINE | {"dropout": 0.0, "mixed_selection": True, "look_forward_twice": True}
+E12 = {"epochs": 12, "lr_drop": 11}
+E36 = {"epochs": 36, "lr_drop": 30}
+PUBLISHED = {
+    "deformable_detr/single_scale": {"num_feature_levels": 1},
+    "deformable_detr/single_scale_dc5": {"num_feature_levels": 1, "dilation": True},
+    "deformable_detr/r50": {},
+    "deformable_detr/refine": {"with_box_refine": True},
+    "deformable_detr/two_stage": {"with_box_refine": True, "two_stage": True},
+    "h_detr/baseline_r50_12ep": BASELINE | E12,
+    "h_detr/baseline_r50_36ep": BASELINE | E36,
+    "h_detr/tricks_r50_12ep": TRICKS | E12,
+    "h_detr/tricks_r50_36ep": TRICKS | E36,
+}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LAUNCH", "GPUS_", "SRUN_", "OMP_"))}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=60)
+
+
+def words_of(*command: str | Path, cwd: Path = ROOT, **environment: str) -> list[str]:
+    """Return the words a shell file would start, one line each; `LAUNCH` prints them instead."""
+    done = run(*command, cwd=cwd, **({"LAUNCH": r"printf %s\n"} | environment))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def flags_of(preset: Path, *more: str, shell: str = "sh", **environment: str) -> list[str]:
+    program, *flags = words_of(shell, preset, *more, **environment)
+    assert program == "main.py"
+    return flags
+
+
+def parsed(flags: list[str]) -> Namespace:
+    args = get_args_parser().parse_args(flags)
+    check_args(args)
+    return args
+
+
+@pytest.fixture
+def fake_programs(tmp_path: Path) -> str:
+    """A PATH whose `python` and `srun` print their own name and arguments, one per line."""
+    for name in ("python", "srun"):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f'#!/bin/sh\nprintf "%s\\n" {name} "$@"\n')
+        program.chmod(0o755)
+    return f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize("path", SHELL_FILES, ids=name_of)
+def test_shell_files_are_executable_and_free_of_syntax_errors(path: Path) -> None:
+    assert os.access(path, os.X_OK)
+    first = path.read_text().splitlines()[0]
+    if "bash" not in first:
+        assert first == "#!/bin/sh"
+        assert run("sh", "-n", path).returncode == 0
+    assert run("bash", "-n", path).returncode == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name_of)
+def test_every_preset_gives_flags_that_are_accepted(preset: Path) -> None:
+    args = parsed(flags_of(preset))
+    assert args.output_dir == "exps/" + str(preset.relative_to(CONFIGS).with_suffix("")), "one folder per preset"
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name_of)
+def test_presets_work_from_any_folder_in_any_shell(preset: Path, tmp_path: Path) -> None:
+    reference = flags_of(preset)
+    assert words_of("bash", preset, cwd=tmp_path)[1:] == reference
+    assert words_of(preset, cwd=tmp_path)[1:] == reference
+    assert words_of("sh", preset.name, cwd=preset.parent)[1:] == reference
+    assert words_of("sh", os.path.relpath(preset, tmp_path), cwd=tmp_path)[1:] == reference
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name_of)
+def test_main_is_started_in_the_top_folder(preset: Path, tmp_path: Path) -> None:
+    script = tmp_path / "where.sh"
+    script.write_text("pwd -P\n")
+    assert words_of(preset, cwd=tmp_path, LAUNCH=f"sh {script}") == [str(ROOT)]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=name_of)
+def test_flags_given_after_a_preset_win_and_keep_their_spaces(preset: Path) -> None:
+    more = ["--output_dir", "two words", "--epochs", "3", "--no-two_stage", "--no-mixed_selection"]
+    args = parsed(flags_of(preset, *more))
+    assert (args.output_dir, args.epochs, args.two_stage) == ("two words", 3, False)
+
+
+def test_without_launch_a_preset_runs_python_unbuffered(fake_programs: str) -> None:
+    words = words_of("sh", PRESETS[0], PATH=fake_programs, LAUNCH="")
+    assert words[:3] == ["python", "-u", "main.py"]
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_published_rows_have_the_flags_of_their_table(row: str) -> None:
+    args = vars(parsed(flags_of(CONFIGS / f"{row}.sh")))
+    expected = vars(get_args_parser().parse_args([])) | PUBLISHED[row] | {"output_dir": f"exps/{row}"}
+    assert args == expected
+
+
+def test_defaults_are_those_of_the_published_tables() -> None:
+    args = get_args_parser().parse_args([])
+    assert (args.epochs, args.lr_drop, args.batch_size, args.recipe_batch_size) == (50, 40, 2, 32)
+    assert (args.lr, args.lr_backbone, args.weight_decay, args.clip_max_norm) == (2e-4, 2e-5, 1e-4, 0.1)
+    assert (args.num_queries_one2one, args.dim_feedforward, args.dropout, args.backbone) == (300, 1024, 0.1, "resnet50")
+
+
+def test_every_row_of_a_paper_has_a_test_and_every_preset_a_line_in_the_readme() -> None:
+    of_papers = {
+        str(p.relative_to(CONFIGS).with_suffix("")) for p in PRESETS if p.parent.name not in ("synthetic", "bccd")
+    }
+    assert of_papers == set(PUBLISHED)
+    readme = (CONFIGS / "README.md").read_text()
+    for preset in PRESETS:
+        wanted = preset.stem if preset.parent.name == "synthetic" else f"`{preset.relative_to(CONFIGS)}`"
+        assert wanted in readme, f"{preset}: not in configs/README.md"
+
+
+def test_the_blood_cell_preset_takes_its_folder_from_data() -> None:
+    args = parsed(flags_of(CONFIGS / "bccd" / "r18_cpu.sh", DATA="/data/blood cells"))
+    assert args.train_images == args.val_images == "/data/blood cells/images"
+    assert args.val_json == "/data/blood cells/annotations/instances_val.json"
+    default = parsed(flags_of(CONFIGS / "bccd" / "r18_cpu.sh", DATA=""))
+    assert default.train_json == "./data/bccd/annotations/instances_train.json"
+
+
+def test_the_blood_cell_preset_fits_the_layout_of_the_data_set() -> None:
+    folder = ROOT.parent / "shared" / "data" / "bccd"
+    if not folder.is_dir():
+        pytest.skip("no shared data beside this checkout")
+    args = parsed(flags_of(CONFIGS / "bccd" / "r18_cpu.sh", DATA=str(folder)))
+    for path in (args.train_images, args.train_json, args.val_images, args.val_json):
+        assert Path(path).exists(), path
+
+
+def test_launch_dist_puts_torchrun_in_front(fake_programs: str) -> None:
+    preset = CONFIGS / "synthetic" / "two_stage.sh"
+    words = words_of(CONFIGS / "launch_dist.sh", "2", preset, "--seed", "7", PATH=fake_programs)
+    at = words.index("main.py")
+    assert words[:at] == shlex.split("python -m torch.distributed.run --standalone --nproc_per_node 2")
+    assert parsed(words[at + 1 :]).seed == 7
+
+
+def test_launch_nodes_gives_torchrun_the_address_and_rank(fake_programs: str) -> None:
+    where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "GPUS_PER_NODE": "4", "PATH": fake_programs}
+    words = words_of(CONFIGS / "launch_nodes.sh", PRESETS[0], "--seed", "7", **where)
+    at = words.index("main.py")
+    assert words[:at] == shlex.split(
+        "python -m torch.distributed.run --nnodes 2 --node_rank 1 --nproc_per_node 4"
+        " --master_addr 10.0.0.1 --master_port 29500"
+    )
+    assert parsed(words[at + 1 :]).seed == 7
+
+
+@pytest.mark.parametrize("missing", ["NNODES", "NODE_RANK", "MASTER_ADDR"])
+def test_launch_nodes_names_the_variable_that_is_missing(missing: str) -> None:
+    where = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"} | {missing: ""}
+    done = run(CONFIGS / "launch_nodes.sh", PRESETS[0], **where)
+    assert done.returncode != 0
+    assert missing in done.stderr
+
+
+def test_launch_slurm_asks_for_one_task_per_gpu(fake_programs: str) -> None:
+    more = {"PATH": fake_programs, "SRUN_ARGS": "--time 60", "CPUS_PER_TASK": "3"}
+    words = words_of(CONFIGS / "launch_slurm.sh", "part", "job", "16", PRESETS[0], "--seed", "7", **more)
+    assert words == shlex.split(
+        "srun --partition part --job-name job --ntasks 16 --ntasks-per-node 8 --gres gpu:8 --cpus-per-task 3"
+        f" --kill-on-bad-exit=1 --time 60 sh {PRESETS[0]} --seed 7"
+    )
+    few = words_of(CONFIGS / "launch_slurm.sh", "part", "job", "2", PRESETS[0], PATH=fake_programs)
+    assert few[few.index("--gres") + 1] == "gpu:2"
+
+
+def test_launch_slurm_refuses_gpus_that_do_not_fill_the_machines() -> None:
+    done = run(CONFIGS / "launch_slurm.sh", "part", "job", "12", PRESETS[0])
+    assert done.returncode == 2
+    assert "GPUS_PER_NODE" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", sorted(CONFIGS.glob("launch_*.sh")), ids=name_of)
+def test_launchers_without_arguments_say_how_to_use_them(launcher: Path) -> None:
+    done = run(launcher)
+    assert done.returncode != 0
+    assert "usage:" in done.stderr

@@ -1,0 +1,1 @@
+"""Leaf helpers, engine and checkpoints; import the modules directly, this file stays empty of imports."""

@@ -1,0 +1,371 @@
+"""Every flag of `main.py`, in argument groups whose order is the reading order of `--help`.
+
+Names and defaults are those of the Deformable-DETR family. A flag says its unit, its default and, where it stands for an
+idea of a paper, the section. `args` ends at the `build_*` functions: no class takes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from util.errors import UserError
+
+SWITCH = argparse.BooleanOptionalAction
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    """Return the parser of `main.py`, with `--help`."""
+    parser = argparse.ArgumentParser(
+        "AssignDETR",
+        description="Train and evaluate Deformable-DETR detectors; every way to teach them is a switch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for add in (
+        _add_run,
+        _add_data,
+        _add_synthetic,
+        _add_backbone,
+        _add_transformer,
+        _add_queries,
+        _add_hybrid,
+        _add_losses,
+        _add_optimisation,
+        _add_distributed,
+        _add_logging,
+    ):
+        add(parser)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="", help="folder for checkpoints, logs and results; empty: save nothing")
+    group.add_argument("--device", default="auto", help="auto (cuda if there is one, else cpu), cuda, cuda:N, cpu, mps")
+    group.add_argument("--seed", default=42, type=int, help="seed of weights, image order, augmentation and dropout")
+    group.add_argument("--eval", action="store_true", help="evaluate --resume on the validation images and stop")
+    group.add_argument(
+        "--resume",
+        default="",
+        help="checkpoint (file or https) to continue exactly; auto: OUTPUT_DIR/checkpoint.pth if it is there, else start",
+    )
+    group.add_argument(
+        "--init_from",
+        "--pretrain_model_path",
+        default="",
+        help="take only the weights that fit from this checkpoint and list the others; optimiser and epoch start anew",
+    )
+    group.add_argument(
+        "--init_class_rows",
+        action=SWITCH,
+        default=False,
+        help="with --init_from: copy the rows of the class heads whose class has the same name in both models",
+    )
+    group.add_argument("--start_epoch", default=0, type=int, help="first epoch when nothing is resumed, from 0")
+    group.add_argument(
+        "--deterministic", action=SWITCH, default=False, help="ask torch for deterministic kernels (slower; warns)"
+    )
+    group.add_argument(
+        "--ops_backend",
+        default="auto",
+        choices=["auto", "reference", "cpu", "cuda"],
+        help="implementation of deformable attention; auto takes the fastest that works here",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_file", default="coco", choices=["coco", "synthetic"], help="kind of data set")
+    group.add_argument(
+        "--coco_path", default="./data/coco", help="folder with train2017/, val2017/ and annotations/ of COCO"
+    )
+    for part in ("train", "val"):
+        group.add_argument(f"--{part}_images", default="", help=f"any other image folder for the {part} set")
+        group.add_argument(f"--{part}_json", default="", help=f"its COCO-format annotation file ({part} set)")
+    group.add_argument(
+        "--category_ids",
+        default="auto",
+        choices=["auto", "contiguous", "raw"],
+        help="class index of a category: contiguous 0..K-1 in the order of the ids; raw: the id itself, as in published "
+        "COCO weights (91 slots); auto: raw for the 80 categories of COCO, contiguous for everything else",
+    )
+    group.add_argument(
+        "--num_classes", default=None, type=int, help="number of class outputs; not given: read from the annotations"
+    )
+    group.add_argument("--cache_mode", action=SWITCH, default=False, help="keep the encoded images in memory")
+    group.add_argument("--num_workers", default=2, type=int, help="loader processes per training process")
+    group.add_argument(
+        "--augment",
+        default="detr",
+        choices=["detr", "resize", "flip", "none"],
+        help="training augmentation: detr = flip and (resize or resize-crop-resize); resize = flip and resize; "
+        "flip = only the flip; none",
+    )
+    group.add_argument(
+        "--train_scales", nargs="+", type=int, default=list(range(480, 801, 32)), help="shorter sides drawn, pixels"
+    )
+    group.add_argument("--crop_scales", nargs="+", type=int, default=[400, 500, 600], help="shorter sides before a crop")
+    group.add_argument("--crop_range", nargs=2, type=int, default=[384, 600], help="smallest and largest crop side")
+    group.add_argument("--test_size", default=800, type=int, help="shorter side in evaluation, pixels; 0: no resizing")
+    group.add_argument("--max_size", default=1333, type=int, help="largest longer side, pixels")
+    group.add_argument("--eval_batch_size", default=1, type=int, help="images per process in evaluation")
+    group.add_argument(
+        "--eval_in_training_set", action=SWITCH, default=False, help="evaluate on the training images (H-DETR)"
+    )
+    group.add_argument("--eval_loss", action=SWITCH, default=True, help="compute the losses in evaluation too")
+    group.add_argument("--topk", default=100, type=int, help="detections kept per image")
+    group.add_argument(
+        "--evaluator",
+        default="auto",
+        choices=["auto", "pycocotools", "faster"],
+        help="AP implementation; auto: faster-coco-eval if installed, else pycocotools",
+    )
+
+
+def _add_synthetic(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("synthetic data (--dataset_file synthetic)")
+    group.add_argument("--synthetic_train", default=1000, type=int, help="number of training images")
+    group.add_argument("--synthetic_val", default=200, type=int, help="number of held-out images")
+    group.add_argument("--synthetic_size", nargs=2, type=int, default=[128, 128], help="height and width, pixels")
+    group.add_argument("--synthetic_classes", default=6, type=int, help="number of shape classes")
+    group.add_argument("--synthetic_objects", nargs=2, type=int, default=[1, 5], help="fewest and most per image")
+    group.add_argument(
+        "--synthetic_object_size",
+        nargs=2,
+        type=float,
+        default=[0.15, 0.4],
+        help="smallest and largest side of an object, as a share of the shorter image side",
+    )
+    group.add_argument("--synthetic_overlap", default=0.2, type=float, help="largest box IoU allowed between objects")
+    group.add_argument("--synthetic_texture", default=0.3, type=float, help="strength of the background texture, 0..1")
+
+
+def _add_backbone(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("backbone")
+    group.add_argument("--backbone", default="resnet50", help="resnet18/34/50/101, swin_tiny, swin_small, ...")
+    group.add_argument(
+        "--backbone_weights", default="default", help="default (download ImageNet weights), none, or a file"
+    )
+    group.add_argument(
+        "--pretrained_backbone_path", default="", help="published Swin file; the same as --backbone_weights PATH"
+    )
+    group.add_argument(
+        "--backbone_norm",
+        default="frozen",
+        choices=["frozen", "train"],
+        help="batch norm of a ResNet; train is for training from scratch",
+    )
+    group.add_argument("--dilation", action=SWITCH, default=False, help="last stage with dilation, not stride (DC5)")
+    group.add_argument("--drop_path_rate", default=0.2, type=float, help="stochastic depth of Swin")
+    group.add_argument("--position_embedding", default="sine", choices=["sine", "learned"], help="of image features")
+    group.add_argument("--position_embedding_scale", default=6.283185307179586, type=float, help="2 pi; of the sine")
+    group.add_argument(
+        "--num_feature_levels", default=4, type=int, help="1, or 3 backbone maps and extra stride-2 levels"
+    )
+
+
+def _add_transformer(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("transformer")
+    group.add_argument("--enc_layers", default=6, type=int, help="encoder layers")
+    group.add_argument("--dec_layers", default=6, type=int, help="decoder layers")
+    group.add_argument("--dim_feedforward", default=1024, type=int, help="width of the feed-forward (2048 in H-DETR)")
+    group.add_argument("--hidden_dim", default=256, type=int, help="width of the transformer")
+    group.add_argument("--dropout", default=0.1, type=float, help="dropout in the transformer (0 in H-DETR's tricks)")
+    group.add_argument("--nheads", default=8, type=int, help="attention heads")
+    group.add_argument("--enc_n_points", default=4, type=int, help="sampling points per head and level, encoder")
+    group.add_argument("--dec_n_points", default=4, type=int, help="sampling points per head and level, decoder")
+    group.add_argument(
+        "--use_checkpoint", action=SWITCH, default=False, help="activation checkpointing: less memory, slower"
+    )
+
+
+def _add_queries(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("queries and matching")
+    group.add_argument(
+        "--num_queries_one2one",
+        "--num_queries",
+        default=300,
+        type=int,
+        help="one-to-one queries: those of inference",
+    )
+    group.add_argument(
+        "--with_box_refine",
+        action=SWITCH,
+        default=False,
+        help="iterative box refinement (Deformable-DETR, section 4.2)",
+    )
+    group.add_argument(
+        "--two_stage",
+        action=SWITCH,
+        default=False,
+        help="queries from encoder proposals (Deformable-DETR, section 4.2); needs --with_box_refine",
+    )
+    group.add_argument(
+        "--mixed_selection",
+        action=SWITCH,
+        default=False,
+        help="position from the proposal, content learned (H-DETR, DINO); needs --two_stage",
+    )
+    group.add_argument(
+        "--look_forward_twice",
+        action=SWITCH,
+        default=False,
+        help="the box loss of a layer trains the layer before it too (DINO); needs --with_box_refine",
+    )
+    group.add_argument("--set_cost_class", default=2.0, type=float, help="class weight in the matching cost")
+    group.add_argument("--set_cost_bbox", default=5.0, type=float, help="L1 weight in the matching cost")
+    group.add_argument("--set_cost_giou", default=2.0, type=float, help="GIoU weight in the matching cost")
+
+
+def _add_hybrid(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("hybrid matching (H-DETR, section 3.2)")
+    group.add_argument(
+        "--num_queries_one2many", default=0, type=int, help="T, training-only queries; 0 switches the branch off"
+    )
+    group.add_argument("--k_one2many", default=5, type=int, help="K, how often a target may be matched; 0: branch off")
+    group.add_argument("--lambda_one2many", default=1.0, type=float, help="weight of the one-to-many losses")
+
+
+def _add_losses(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loss weights")
+    group.add_argument("--cls_loss_coef", default=2.0, type=float, help="focal loss")
+    group.add_argument("--bbox_loss_coef", default=5.0, type=float, help="L1 of cxcywh")
+    group.add_argument("--giou_loss_coef", default=2.0, type=float, help="1 - GIoU")
+    group.add_argument("--focal_alpha", default=0.25, type=float, help="weight of positives in the focal loss")
+    group.add_argument(
+        "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise only the last decoder layer"
+    )
+
+
+def _add_optimisation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", default=2e-4, type=float, help="rate of everything not named below")
+    group.add_argument("--lr_backbone_names", default=["backbone.0"], nargs="+", help="parts of parameter names")
+    group.add_argument("--lr_backbone", default=2e-5, type=float, help="their rate; 0 freezes the backbone")
+    group.add_argument(
+        "--lr_linear_proj_names",
+        default=["reference_points", "sampling_offsets"],
+        nargs="+",
+        help="parts of parameter names",
+    )
+    group.add_argument("--lr_linear_proj_mult", default=0.1, type=float, help="their rate, as a factor of --lr")
+    group.add_argument("--batch_size", default=2, type=int, help="images per process and step")
+    group.add_argument("--grad_accum_steps", default=1, type=int, help="batches per optimiser step")
+    group.add_argument(
+        "--recipe_batch_size", default=32, type=int, help="total batch the recipe assumes; a difference is warned of"
+    )
+    group.add_argument(
+        "--lr_scale",
+        default="none",
+        choices=["none", "sqrt", "linear"],
+        help="scale all rates by the effective batch over the recipe's",
+    )
+    group.add_argument("--weight_decay", default=1e-4, type=float, help="of all parameters, norms and biases too")
+    group.add_argument("--epochs", default=50, type=int, help="number of epochs")
+    group.add_argument("--lr_drop", default=40, type=int, help="rates times 0.1 every so many epochs")
+    group.add_argument(
+        "--lr_drop_epochs", default=None, nargs="+", type=int, help="rates times 0.1 after each of these epochs instead"
+    )
+    group.add_argument("--warmup_steps", default=0, type=int, help="optimiser steps of linear warm-up")
+    group.add_argument("--clip_max_norm", default=0.1, type=float, help="largest gradient norm; 0: no clipping")
+    group.add_argument("--sgd", action=SWITCH, default=False, help="SGD with momentum 0.9 in place of AdamW")
+    group.add_argument(
+        "--amp",
+        default="off",
+        nargs="?",
+        const="bf16",
+        choices=["off", "fp16", "bf16"],
+        help="mixed precision; bare --amp means bf16",
+    )
+    group.add_argument("--use_fp16", dest="amp", action="store_const", const="fp16", help="the same as --amp fp16")
+    group.add_argument("--use_ema", action=SWITCH, default=False, help="keep and evaluate an average of the weights")
+    group.add_argument("--ema_decay", default=0.9997, type=float, help="decay of that average per step")
+    group.add_argument(
+        "--freeze", default=[], nargs="+", help="beginnings of parameter names that are not trained, for example backbone"
+    )
+    group.add_argument(
+        "--max_nonfinite", default=20, type=int, help="stop after so many non-finite losses in a row; each skips its step"
+    )
+
+
+def _add_distributed(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("distributed")
+    # torch.distributed.launch passes the dashed form, older ones the other; the environment wins over both.
+    group.add_argument("--local-rank", "--local_rank", dest="local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    for name in ("--world_size", "--rank"):
+        group.add_argument(name, type=int, default=None, help=argparse.SUPPRESS)
+    group.add_argument("--dist_url", default="env://", help=argparse.SUPPRESS)
+    group.add_argument("--dist_timeout", default=30, type=int, help="minutes until a hanging collective is an error")
+    group.add_argument(
+        "--find_unused_params", action=SWITCH, default=False, help="an escape for forks; ours never needs it"
+    )
+
+
+def _add_logging(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("saving and logging")
+    group.add_argument("--print_freq", default=10, type=int, help="steps between progress lines")
+    group.add_argument(
+        "--save_every", default=5, type=int, help="keep checkpointNNNN.pth every so many epochs, and before a drop"
+    )
+    group.add_argument(
+        "--save_steps", default=0, type=int, help="also save checkpoint.pth every so many steps; 0: at epoch ends only"
+    )
+    group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations; the last is always done")
+    group.add_argument("--draw", default=8, type=int, help="evaluated images drawn with boxes into OUTPUT_DIR/pictures")
+    group.add_argument("--tensorboard", action=SWITCH, default=True, help="write TensorBoard files if it is installed")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse impossible combinations before anything is built.
+
+    Raises:
+        UserError: says which flag to change. All findings are listed at once.
+    """
+    wrong = [message for broken, message in _rules(args) if broken]
+    if wrong:
+        raise UserError("these flags do not go together:\n  " + "\n  ".join(wrong))
+
+
+def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return pairs (broken, what is wrong and the way out)."""
+    levels = a.num_feature_levels
+    positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
+    positive += "dec_layers enc_n_points dec_n_points dim_feedforward save_every eval_every max_nonfinite print_freq".split()
+    rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
+    rules += [
+        (a.two_stage and not a.with_box_refine, "--two_stage needs --with_box_refine: add it (proposals are 4-D boxes)"),
+        (a.mixed_selection and not a.two_stage, "--mixed_selection needs --two_stage --with_box_refine: add them"),
+        (
+            a.look_forward_twice and not a.with_box_refine,
+            "--look_forward_twice needs --with_box_refine: without refinement there is no new reference to look at",
+        ),
+        (levels < 1 or levels == 2, f"--num_feature_levels {levels}: use 1 (last map only), 3, 4 or more"),
+        (a.hidden_dim % a.nheads != 0, f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}"),
+        (a.hidden_dim % 32 != 0, f"--hidden_dim {a.hidden_dim}: must be a multiple of 32 (GroupNorm with 32 groups)"),
+        (a.num_queries_one2many < 0, f"--num_queries_one2many {a.num_queries_one2many}: must be 0 or more"),
+        (a.k_one2many < 0, f"--k_one2many {a.k_one2many}: must be 0 or more"),
+        (
+            a.set_cost_class == a.set_cost_bbox == a.set_cost_giou == 0,
+            "--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: give at least one a weight",
+        ),
+        (a.eval and not a.resume, "--eval needs --resume CHECKPOINT: without it untrained weights would be evaluated"),
+        (
+            bool(a.resume) and a.resume != "auto" and bool(a.init_from),
+            "--resume continues a run and --init_from starts one: give one of them (or --resume auto with --init_from)",
+        ),
+        (a.resume == "auto" and not a.output_dir, "--resume auto looks into --output_dir: give one"),
+        (a.init_class_rows and not a.init_from, "--init_class_rows needs --init_from CHECKPOINT"),
+        (bool(a.train_images) != bool(a.train_json), "--train_images and --train_json belong together: give both"),
+        (bool(a.val_images) != bool(a.val_json), "--val_images and --val_json belong together: give both"),
+        (
+            bool(a.train_json) != bool(a.val_json) and not a.eval,
+            "--train_json and --val_json belong together: training is evaluated after every epoch",
+        ),
+        (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
+        (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
+        (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
+        (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
+        (a.lr_drop < 1, f"--lr_drop {a.lr_drop}: must be at least 1 epoch"),
+        (a.start_epoch < 0, f"--start_epoch {a.start_epoch}: epochs count from 0"),
+        (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
+    ]
+    return rules

@@ -1,0 +1,224 @@
+"""Files with weights: read them safely, write them so that a killed run leaves no broken one, load them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from util import dist
+from util.convert import find_weights, fit_to_model, to_native
+from util.errors import UserError
+from util.misfit import LoadReport, advise
+
+TEMPORARY = ".tmp"
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Return the content of a checkpoint, tensors on the CPU.
+
+    Only tensors and plain Python are unpickled; the one class allowed is `argparse.Namespace`, which published files
+    hold under `args`. An https address is downloaded once per machine, into the cache of torch.hub.
+
+    Raises:
+        UserError: no such file, not a checkpoint, or one cut off by a killed program.
+    """
+    source = str(path)
+    if source.startswith(("https://", "http://")):
+        path = _download(source)
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {source} {kind}; {_other_files(path)}")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is None:
+            raise UserError(_broken(path, error)) from error
+        raise UserError(
+            f"checkpoint {source} holds the class {found.group(1)}, which is not loaded for safety. If you trust the "
+            "file, load it once with torch.load(..., weights_only=False) and save its `model` entry alone"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(_broken(path, error)) from error
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {source} holds a {type(content).__name__}, expected a dictionary of tensors")
+    return content
+
+
+def _broken(path: Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [""])[0][:120]
+    size = path.stat().st_size
+    return (
+        f"checkpoint {path} ({size} bytes) cannot be read, it is cut off or no checkpoint at all "
+        f"({type(error).__name__}: {reason}); {_other_files(path)}"
+    )
+
+
+def _other_files(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    others = sorted(p.name for p in folder.glob("*.pth") if p != path) if folder.is_dir() else []
+    return f"use another file of {folder}: {', '.join(others)}" if others else f"{folder} has no other .pth file"
+
+
+def _download(url: str) -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    target = folder / Path(urlparse(url).path).name
+    with dist.local_main_first():
+        if not target.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(url, str(target))
+            except OSError as error:
+                raise UserError(f"cannot download {url}: {error}. Download it by hand and give its path") from error
+    return target
+
+
+def write_atomically(content: Mapping[str, Any], path: Path) -> None:
+    """Write `content` so that `path` is at every moment either the old file or the whole new one.
+
+    Raises:
+        UserError: the disk is full or the folder is gone.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # else the new name may survive a power cut and the data not
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error}. The previous file, if there was one, is untouched") from error
+
+
+def remove_stale(folder: Path) -> list[str]:
+    """Delete what killed runs left half written in `folder`; return the names."""
+    stale = sorted(folder.glob(f"*.pth{TEMPORARY}"))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    return [path.name for path in stale]
+
+
+def stored_args(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the command line inside a checkpoint, ours or a published one; empty if there is none."""
+    args = content.get("args") or {}
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+
+
+def load_weights(
+    model: nn.Module, source: str | Path | Mapping[str, Any], strict: bool = True, name: str = ""
+) -> LoadReport:
+    """Load the weights of any published or own file into `model`.
+
+    Args:
+        source: path, https address, content of a checkpoint, or a state dict; wrappers and second names are handled
+            by `util.convert`.
+        strict: raise if anything is missing, left over or of another shape; else load what fits.
+        name: of the source in messages, when it is not a path.
+
+    Returns:
+        What was loaded and what was not.
+
+    Raises:
+        UserError: no weights in the file, or (strict) they do not fit; names flags that would help.
+    """
+    content = source if isinstance(source, Mapping) else read_checkpoint(source)
+    name = name or ("the given state" if isinstance(source, Mapping) else str(source))
+    own, native = model.state_dict(), native_weights(content, name)
+    state, lines = fit_to_model(native, own, shared_names(model))
+    report = LoadReport(lines=lines)
+    report.reshaped = {
+        n: (tuple(v.shape), tuple(own[n].shape)) for n, v in state.items() if n in own and v.shape != own[n].shape
+    }
+    report.missing = [n for n in own if n not in state and own[n].is_floating_point()]  # integer ones are computed
+    report.unexpected = [n for n in state if n not in own]
+    fitting = {n: v for n, v in state.items() if n in own and n not in report.reshaped}
+    report.loaded = list(fitting)
+    if not report.fits:
+        report.advice = advise(native, own, stored_args(content))
+        if strict:
+            raise UserError(f"checkpoint {name} is of another model\n{report.text()}")
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def native_weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the weights in the content of a file under our names; UserError if there are none."""
+    weights = find_weights(content)
+    if weights is None:
+        raise UserError(
+            f"checkpoint {name}: no weights found; expected tensors, or `model` or `state_dict` with tensors"
+        )
+    return to_native(weights)
+
+
+def shared_names(model: nn.Module) -> list[list[str]]:
+    """Return the names of every tensor of `model` that has more than one."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def init_from(
+    model: nn.Module, path: str, class_names: Sequence[str], copy_class_rows: bool = False
+) -> tuple[LoadReport, list[str]]:
+    """Start from the weights of another run: take what fits, keep the initial values elsewhere.
+
+    Args:
+        class_names: of this run, by class index.
+        copy_class_rows: also take, in the class heads, the rows of classes that have the same name in both.
+
+    Returns:
+        The report of loading and the names of the classes whose rows were copied.
+    """
+    content = read_checkpoint(path)
+    state = native_weights(content, path)
+    if not copy_class_rows:
+        return load_weights(model, state, strict=False), []
+    theirs = content.get("class_names") or _published_names(state)
+    if theirs is None:
+        raise UserError(f"--init_class_rows: {path} does not say its class names and does not have COCO's 91 classes")
+    heads = {name: value for name, value in state.items() if _is_class_head(name)}
+    report = load_weights(model, {n: v for n, v in state.items() if n not in heads}, strict=False)
+    return report, _copy_rows(model, heads, theirs, class_names)
+
+
+def _is_class_head(name: str) -> bool:
+    return re.search(r"(^|\.)class_embed\.\d+\.(weight|bias)$", name) is not None
+
+
+def _published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
+    """Return the names behind the 91 rows of published COCO files."""
+    from datasets.coco_names import COCO_NAMES
+
+    rows = state["class_embed.0.weight"].shape[0] if "class_embed.0.weight" in state else 0
+    return [COCO_NAMES.get(i, "N/A") for i in range(91)] if rows == 91 else None
+
+
+@torch.no_grad()
+def _copy_rows(model: nn.Module, heads: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
+    """Copy rows by class name; row 0 of the head of the encoder proposals (two-stage), "object", as it is."""
+    index = {name: i for i, name in enumerate(theirs) if name != "N/A"}
+    common = [(i, index[name]) for i, name in enumerate(ours) if name in index]
+    own = dict(model.state_dict(keep_vars=True))
+    encoder_head = max((int(n.split(".")[1]) for n in own if n.startswith("class_embed.")), default=-1)
+    two_stage = "transformer.enc_output.weight" in own
+    for name, value in heads.items():
+        if name not in own or own[name].shape[1:] != value.shape[1:]:
+            continue
+        is_encoder = two_stage and f"class_embed.{encoder_head}." in name
+        for to, source in [(0, 0)] if is_encoder else common:
+            own[name][to] = value[source]
+    return [ours[i] for i, _ in common]

@@ -1,0 +1,87 @@
+"""From the names of published files to ours.
+
+Our parameter names are those of Deformable-DETR and H-DETR files, so only wrappers have to be taken off. A family with
+other names gets a table of its own beside `WRAPPERS`.
+
+Kept oddities of those files: shared heads are stored under every name they have; a FLOPs counter left its numbers
+between the weights; H-DETR's query table holds the training-only queries behind those of inference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rule = tuple[str, str]  # regular expression at the beginning of a name, replacement
+
+# What wraps a model adds a prefix to every name.
+WRAPPERS: tuple[Rule, ...] = (
+    (r"module\.", ""),  # DistributedDataParallel, DataParallel, averaged models
+    (r"_orig_mod\.", ""),  # torch.compile
+)
+# Where the weights are in a file, in order of preference.
+ENTRIES = ("model", "state_dict", "ema")
+# Numbers that a FLOPs counter registered as buffers.
+COUNTERS = ("total_params", "total_ops")
+QUERY_TABLE = "query_embed.weight"
+
+
+def find_weights(content: Any) -> dict[str, Tensor] | None:
+    """Return the mapping of names to tensors inside the content of a file, None if there is none."""
+    while isinstance(content, Mapping):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return dict(content)
+        content = next((content[name] for name in ENTRIES if name in content), None)
+    return None
+
+
+def to_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` under our names, in the order of the file; wrappers and counters are gone."""
+    state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in COUNTERS}
+    changed = True
+    while changed and state:
+        changed = False
+        for pattern, replacement in WRAPPERS:
+            if all(re.match(pattern, name) for name in state):
+                state = {re.sub("^" + pattern, replacement, name): value for name, value in state.items()}
+                changed = True
+    return state
+
+
+def fit_to_model(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], aliases: Sequence[Sequence[str]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Settle what is a matter of names and row counts only.
+
+    * A tensor with several names (`aliases`): whatever names the file has, all get one value. If the copies differ the
+      last one in the order of the file wins, which is what loading them one after the other gave.
+    * A query table with more rows than ours (H-DETR: training-only queries follow those of inference): its first rows.
+    * `num_batches_tracked` that our frozen norms do not have is dropped.
+
+    Args:
+        state: native names.
+        own: the state dict of the model.
+        aliases: names of `own` that are one tensor, per tensor.
+
+    Returns:
+        The fitted state and lines that say what was changed.
+    """
+    fitted = {n: v for n, v in state.items() if n in own or not n.endswith("num_batches_tracked")}
+    lines = []
+    for names in aliases:
+        copies = [name for name in fitted if name in names]
+        if not copies:
+            continue
+        value = fitted[copies[-1]]
+        if any(fitted[n].shape != value.shape or not torch.equal(fitted[n], value) for n in copies):
+            lines.append(f"{len(copies)} names of one tensor differ in the file: took {copies[-1]}, not {copies[0]}")
+        fitted.update((name, value) for name in names)
+    table, wanted = fitted.get(QUERY_TABLE), own.get(QUERY_TABLE)
+    if table is not None and wanted is not None and table.shape[1:] == wanted.shape[1:] and len(table) > len(wanted):
+        lines.append(f"{QUERY_TABLE}: took the first {len(wanted)} of {len(table)} rows")
+        fitted[QUERY_TABLE] = table[: len(wanted)].clone()
+    return fitted, lines

@@ -1,0 +1,93 @@
+"""Evaluations of a run: which weights, which files, which numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datasets.evaluators import CocoEvaluator
+from util import dist
+from util.engine import StepSettings, evaluate
+from util.optim import ModelEma
+
+KEEP_ARRAYS_EVERY = 50  # epochs between numbered files of precision-recall arrays, as in the family
+DRAW_ABOVE = 0.3  # score of a drawn detection
+
+
+@dataclass
+class Evaluation:
+    """Evaluates weights on the validation images and writes what comes out."""
+
+    loader: DataLoader
+    criterion: nn.Module | None  # None: no losses
+    postprocessor: nn.Module
+    settings: StepSettings
+    device: torch.device
+    output_dir: Path | None
+    topk: int = 100
+    evaluator: str = "auto"
+    draw: int = 8  # images drawn
+
+    def run(self, model: nn.Module, ema: ModelEma | None, epoch: int, *, final: bool = False) -> dict[str, Any]:
+        """Evaluate the weights, and their average if there is one.
+
+        Args:
+            final: an evaluation of its own (`--eval`), not one of a training run; other file names.
+
+        Returns:
+            Log entries `test_*` and, of the average, `ema_test_*`.
+        """
+        entry = self._one(model, "test_", epoch, self._arrays(epoch, final))
+        if ema is not None:
+            entry.update(self._one(ema.module, "ema_test_", epoch, []))
+        return entry
+
+    def _arrays(self, epoch: int, final: bool) -> list[str]:
+        if final:
+            return ["eval.pth"]
+        return ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % KEEP_ARRAYS_EVERY == 0)
+
+    def _one(self, model: nn.Module, prefix: str, epoch: int, arrays: list[str]) -> dict[str, Any]:
+        dataset = self.loader.dataset
+        evaluator = CocoEvaluator(dataset, topk=self.topk, implementation=self.evaluator)
+        stats, first = evaluate(
+            model,
+            self.criterion,
+            self.postprocessor,
+            self.loader,
+            evaluator,
+            self.settings,
+            self.device,
+            epoch=epoch,
+            keep=self.draw,
+        )
+        dist.info(evaluator.table())
+        average, *others = stats["coco_eval_bbox"]
+        dist.info(f"{prefix}AP {100 * average:.1f}  AP50 {100 * others[0]:.1f}  AP75 {100 * others[1]:.1f}")
+        if self.output_dir is not None and dist.is_main():
+            folder = self.output_dir / ("eval" if prefix == "test_" else "eval_ema")
+            evaluator.save(folder)
+            for name in arrays:
+                evaluator.save_eval(self.output_dir / name)
+            if self.draw:
+                from util.visualize import draw_detections
+
+                pictures = self.output_dir / ("pictures" if prefix == "test_" else "pictures_ema")
+                draw_detections(dataset, first, pictures, limit=self.draw, score_threshold=DRAW_ABOVE)
+        return {prefix + name: value for name, value in stats.items()}
+
+
+def best_result(entries: Iterable[Mapping[str, Any]], best: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return {"ap", "epoch", "weights"} of the best AP in log entries if it beats `best`, else `best`."""
+    for entry in entries:
+        for prefix, weights in (("test_", "model"), ("ema_test_", "ema")):
+            numbers = entry.get(prefix + "coco_eval_bbox")
+            if numbers and (best is None or numbers[0] > best["ap"]):
+                best = {"ap": numbers[0], "epoch": entry["epoch"], "weights": weights}
+    return best

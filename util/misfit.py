@@ -1,0 +1,125 @@
+"""Why a checkpoint does not fit a model, in words that name the flags to change."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+SHOWN_GROUPS = 12
+
+
+@dataclass
+class LoadReport:
+    """What happened to the names of a checkpoint."""
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # in the model, not in the file
+    unexpected: list[str] = field(default_factory=list)  # in the file, not in the model
+    reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)  # name: (file's, ours)
+    lines: list[str] = field(default_factory=list)  # what was converted on the way
+    advice: list[str] = field(default_factory=list)  # flags that would help
+
+    @property
+    def fits(self) -> bool:
+        """Whether every tensor of the model was loaded and every tensor of the file used."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def text(self) -> str:
+        """Return the misfits, grouped, and the advice; one item per line."""
+        shapes = [f"{n}: {list(a)} in the file, {list(b)} in the model" for n, (a, b) in self.reshaped.items()]
+        groups = {
+            "missing in the file": group_names(self.missing),
+            "not in the model": group_names(self.unexpected),
+            "of another shape": group_names(shapes),
+        }
+        lines = []
+        for title, found in groups.items():
+            if found:
+                lines.append(f"{title}:")
+                lines += [f"  {name}" for name in found[:SHOWN_GROUPS]]
+                if len(found) > SHOWN_GROUPS:
+                    lines.append(f"  ... and {len(found) - SHOWN_GROUPS} more groups")
+        return "\n".join(lines + self.advice)
+
+
+def group_names(names: Iterable[str]) -> list[str]:
+    """Return names with their layer numbers replaced by `*`, each once, with its count."""
+    counts = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return [f"{name} (x{count})" if count > 1 else name for name, count in counts.items()]
+
+
+def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """Return the flags that a state dict of this family was built with, as far as names and shapes tell."""
+    flags: dict[str, object] = {}
+
+    def rows(name: str, axis: int = 0) -> int | None:
+        return state[name].shape[axis] if name in state and state[name].ndim > axis else None
+
+    def count(pattern: str) -> int:
+        return len({m.group(1) for m in (re.match(pattern, name) for name in state) if m})
+
+    flags["two_stage"] = "transformer.enc_output.weight" in state
+    flags["with_box_refine"] = any(n.startswith("transformer.decoder.bbox_embed.") for n in state)
+    flags["mixed_selection"] = bool(flags["two_stage"]) and "query_embed.weight" in state
+    flags["hidden_dim"] = rows("transformer.level_embed", 1)
+    flags["num_feature_levels"] = rows("transformer.level_embed")
+    flags["dim_feedforward"] = rows("transformer.encoder.layers.0.linear1.weight")
+    flags["enc_layers"] = count(r"transformer\.encoder\.layers\.(\d+)\.")
+    flags["dec_layers"] = count(r"transformer\.decoder\.layers\.(\d+)\.")
+    flags["num_classes"] = rows("class_embed.0.weight")
+    flags["backbone"] = _backbone(state, count)
+    flags["position_embedding"] = "learned" if "backbone.1.row_embed.weight" in state else "sine"
+    flags["queries"] = rows("query_embed.weight")
+    flags["samples"] = rows("transformer.encoder.layers.0.self_attn.attention_weights.weight")
+    return flags
+
+
+def _backbone(state: Mapping[str, Tensor], count) -> str | None:
+    body = r"backbone\.0\.body\."
+    if any(".relative_position_bias_table" in name for name in state):
+        blocks = count(body + r"layers\.2\.blocks\.(\d+)\.")
+        return {6: "swin_tiny", 18: "swin_small"}.get(blocks, f"a Swin with {blocks} blocks in stage 3")
+    blocks = count(body + r"layer3\.(\d+)\.")
+    bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
+    names = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
+    return names.get((blocks, bottleneck))
+
+
+def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: Mapping[str, object]) -> list[str]:
+    """Return one line per flag that would make the model fit the file.
+
+    Args:
+        state: of the file, native names.
+        own: state dict of the model.
+        stored_args: the arguments in the file, empty if there are none.
+    """
+    theirs, ours = describe(state), describe(own)
+    lines = []
+    for flag, value in theirs.items():
+        mine = ours[flag]
+        if value == mine or value is None:
+            continue
+        if isinstance(value, bool):
+            lines.append(f"add --{flag}" if value else f"leave --{flag} out (after a preset: --no-{flag})")
+        elif flag == "queries":
+            lines.append(
+                f"the query table has {value} rows, this model's {mine or 'none'}: set --num_queries_one2one and "
+                "--num_queries_one2many as in training"
+            )
+        elif flag == "samples":
+            known = {n: stored_args[n] for n in ("nheads", "enc_n_points", "dec_n_points") if n in stored_args}
+            said = "; the file says " + " ".join(f"--{n} {v}" for n, v in known.items()) if known else ""
+            if theirs["num_feature_levels"] == ours["num_feature_levels"]:
+                lines.append(f"check --nheads, --enc_n_points and --dec_n_points{said}")
+        elif flag == "num_classes":
+            lines.append(
+                f"the file has {value} classes, this model {mine}: to fine-tune on other classes use --init_from in "
+                f"place of --resume; for the same classes --num_classes {value} (COCO's 91: --category_ids raw)"
+            )
+        else:
+            lines.append(f"use --{flag} {value} (now {mine})")
+    return ["try: " + line for line in lines]

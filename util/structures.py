@@ -1,0 +1,228 @@
+"""The data types that travel through the detector.
+
+Shape letters: `B` images in the batch, `L` decoder layers, `Q` queries of a group, `N` predictions of any set, `M` targets
+of one image, `S` encoder tokens, `D` hidden size, `C` classes, `P` matched pairs.
+
+All boxes inside the model are `cxcywh`, divided by the size of the *unpadded* image, so in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LevelShapes = tuple[tuple[int, int], ...]
+
+
+def _move(value, device: torch.device | str, non_blocking: bool):
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=non_blocking)
+    return value
+
+
+class _Movable:
+    """Adds `.to(device)` to a dataclass; every tensor field moves, everything else stays."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False):
+        moved = {f.name: _move(getattr(self, f.name), device, non_blocking) for f in fields(self)}
+        return replace(self, **moved)
+
+
+@dataclass
+class ImageBatch(_Movable):
+    """Images in the top-left corners of one canvas."""
+
+    pixels: Tensor  # (B, 3, H, W) normalised, zero at padding
+    padding: Tensor  # (B, H, W) bool, True where there is no image
+    sizes: list[tuple[int, int]]  # (h, w) of each image inside the canvas, python ints
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def pin_memory(self) -> ImageBatch:
+        return replace(self, pixels=self.pixels.pin_memory(), padding=self.padding.pin_memory())
+
+
+@dataclass
+class Target(_Movable):
+    """The annotated objects of one image; M may be 0 and every tensor then keeps its rank."""
+
+    labels: Tensor  # (M,) int64, class index of the model (contiguous, or raw category ids in the 91-slot mode)
+    boxes: Tensor  # (M, 4) cxcywh in [0, 1]
+    image_id: int
+    orig_size: tuple[int, int]  # (h, w) in the file, for evaluation
+    size: tuple[int, int] = (0, 0)  # (h, w) after augmentation, before padding
+    area: Tensor | None = None  # (M,) pixels of the augmented image
+    iscrowd: Tensor | None = None  # (M,) bool; crowd regions never reach a training target
+    masks: Tensor | None = None  # (M, h, w) bool at the size after augmentation
+    keypoints: Tensor | None = None  # (M, K, 3)
+    track_ids: Tensor | None = None  # (M,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pin_memory(self) -> Target:
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, Tensor)})
+
+
+@dataclass
+class Memory:
+    """Encoder output, flattened over levels (level by level, row-major)."""
+
+    tokens: Tensor  # (B, S, D)
+    padding: Tensor  # (B, S) bool
+    shapes: LevelShapes  # (h, w) per level as python ints: no device synchronisation
+    valid_ratios: Tensor  # (B, levels, 2) x, y share of each level that is image
+
+    def maps(self) -> list[Tensor]:
+        """Return the tokens as [(B, D, h, w)] per level, for auxiliary heads and masks."""
+        parts = self.tokens.split([h * w for h, w in self.shapes], dim=1)
+        return [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, self.shapes)]
+
+
+@dataclass
+class Predictions:
+    """What the heads say about a set of slots; there is a leading L even when L = 1."""
+
+    logits: Tensor  # (L, B, N, C)
+    boxes: Tensor  # (L, B, N, 4) cxcywh in [0, 1]
+    embeds: Tensor | None = None  # (L, B, N, D) decoder states, for learned matchers and tracking
+    padding: Tensor | None = None  # (B, N) True = empty slot, neither positive nor negative
+
+    @property
+    def layers(self) -> int:
+        return self.logits.shape[0]
+
+    def select_layers(self, layers: Sequence[int]) -> Predictions:
+        """Return the predictions of the decoder layers `layers` only."""
+        if list(layers) == list(range(self.layers)):
+            return self
+        index = list(layers)
+        embeds = None if self.embeds is None else self.embeds[index]
+        return Predictions(self.logits[index], self.boxes[index], embeds, self.padding)
+
+
+@dataclass
+class Assignment:
+    """Matched pairs of one set, flat: no list of index pairs per image."""
+
+    layer: Tensor  # (P,) int64, index into the supervised layers
+    image: Tensor  # (P,) int64
+    slot: Tensor  # (P,) int64
+    target: Tensor  # (P,) int64, index into the targets of that image
+    weight: Tensor | None = None  # (P,), None = 1; may carry gradient (soft matching)
+    ignore: Tensor | None = None  # (L, B, N) slots left out of the class loss
+    count: float | Tensor = 0.0  # local number the losses are divided by, once averaged over processes
+    losses: dict[str, Tensor] = field(default_factory=dict)  # the assigner's own training losses
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a set of predictions is taught."""
+
+    assign: str | Assignment = "hungarian"  # name of an assigner the criterion owns, or ready-made pairs
+    layers: range | None = None  # decoder layers it teaches; None = all
+    weight: float = 1.0  # lambda of the scheme
+    repeat: int = 1  # k: a target may be matched k times
+    class_agnostic: bool = False  # two-stage: all targets are class 0
+    count: Literal["targets", "positives"] = "targets"  # targets x repeat, or the number of matched pairs
+    terms: tuple[str, ...] = ("labels", "boxes")
+
+
+@dataclass
+class QueryGroup:
+    """Decoder queries + a visibility rule + how they are supervised."""
+
+    name: str  # "one2one", "one2many", "dn", "co_atss"
+    content: Tensor  # (B, Q, D)
+    reference: Tensor  # (B, Q, 2) points or (B, Q, 4) boxes, in (0, 1)
+    pos: Tensor  # (B, Q, D) the query position, the same in every layer
+    supervision: tuple[Supervision, ...]
+    sees: tuple[str, ...] = ()  # other groups it may attend to (its own block always)
+    block: int | None = None  # split the group into blocks of this size, blind to each other
+    padding: Tensor | None = None  # (B, Q) True = empty slot
+
+    def __len__(self) -> int:
+        return self.content.shape[1]
+
+
+@dataclass
+class Seeds:
+    """Ranked first queries of the decoder, best first, and what was predicted while ranking them."""
+
+    content: Tensor  # (B, K, D)
+    pos: Tensor  # (B, K, D)
+    reference: Tensor  # (B, K, 2 or 4) in (0, 1)
+    encoder: Predictions | None = None  # two-stage: class-agnostic scores and boxes of all S tokens
+
+    def rows(self, start: int, count: int) -> Seeds:
+        """Return the seeds of rank [start, start + count)."""
+        part = slice(start, start + count)
+        return Seeds(self.content[:, part], self.pos[:, part], self.reference[:, part], self.encoder)
+
+
+@dataclass
+class TargetPairs:
+    """Targets gathered by an assignment, aligned with its P pairs."""
+
+    labels: Tensor  # (P,) int64
+    boxes: Tensor  # (P, 4) cxcywh
+
+
+@dataclass
+class SupervisedSet:
+    """Predictions that are supervised together and how: `encoder`, `one2one`, `one2many`, `dn`, ..."""
+
+    predictions: Predictions
+    supervision: tuple[Supervision, ...]
+
+
+@dataclass
+class DetectorOutput:
+    """Everything the detector says about a batch. `sets["one2one"]` is what inference uses."""
+
+    sets: dict[str, SupervisedSet]
+    aux_losses: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads, already normalised and weighted
+
+    @property
+    def pred_logits(self) -> Tensor:
+        """(B, Q, C) logits of the last decoder layer, one-to-one queries."""
+        return self.sets["one2one"].predictions.logits[-1]
+
+    @property
+    def pred_boxes(self) -> Tensor:
+        """(B, Q, 4) cxcywh in [0, 1] of the last decoder layer, one-to-one queries."""
+        return self.sets["one2one"].predictions.boxes[-1]
+
+
+@dataclass
+class LossReport:
+    """What the criterion returns."""
+
+    total: Tensor  # scalar to back-propagate
+    terms: dict[str, Tensor]  # detached scalars, keys as the family's logs know them, before the term weights
+    weights: dict[str, float]  # weight of each entry of `terms` in the total; log-only entries are absent
+
+    def weighted(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, weight x value) for every entry that is part of the total."""
+        for name, weight in self.weights.items():
+            yield name, weight * self.terms[name]
+
+
+@dataclass
+class Detections(_Movable):
+    """Final detections of one image, best first."""
+
+    scores: Tensor  # (K,)
+    labels: Tensor  # (K,) int64, class index of the model
+    boxes_px: Tensor  # (K, 4) xyxy in pixels of the original file
+    image_id: int = -1
+    masks: Tensor | None = None  # (K, h, w) bool
