@@ -170,6 +170,8 @@ def train(args: Namespace, evaluation: Evaluation, state: TrainState, loader: Da
             state.save(*(output_dir / name for name in names))
         finish_epoch(args, evaluation, state, log)
     log.close()
+    if output_dir is not None and dist.is_main():
+        draw_curves(output_dir)
 
 
 def finish_epoch(args: Namespace, evaluation: Evaluation, state: TrainState, log: RunLog) -> None:
@@ -185,6 +187,16 @@ def finish_epoch(args: Namespace, evaluation: Evaluation, state: TrainState, log
         if evaluation.output_dir is not None:
             state.save_weights(evaluation.output_dir / "checkpoint_best.pth")
     log.write(entry)
+
+
+def draw_curves(output_dir: Path) -> None:
+    """Draw the curves of `log.txt` if matplotlib is installed."""
+    from util.plot import plot_run
+
+    try:
+        dist.info(f"curves: {', '.join(str(path) for path in plot_run(output_dir))}")
+    except UserError as error:
+        dist.info(f"no curves: {error}")
 
 
 def count_parameters(model: nn.Module) -> int:

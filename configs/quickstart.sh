@@ -23,7 +23,6 @@ done
 
 say "training; log, checkpoints and pictures go to $output_dir"
 sh configs/synthetic/two_stage.sh "$@" --output_dir "$output_dir"
-python -m util.plot "$output_dir"
 
 say "drawn predictions: $output_dir/pictures/overview.png"
 say "curves:            $output_dir/loss.png  $output_dir/ap.png"

@@ -84,8 +84,9 @@ class CocoDetection(DetectionDataset):
 
     def cache(self, indices: Iterable[int]) -> None:
         """Read these image files into memory, still encoded; forked workers share the pages."""
-        for index in indices:
-            self._encoded[index] = self._bytes(index)
+        self._encoded = {index: self._bytes(index) for index in indices}
+        gigabytes = sum(map(len, self._encoded.values())) / 1e9
+        info(f"{self.folder}: {len(self._encoded)} encoded images kept in memory, {gigabytes:.2f} GB in this process")
 
     def load_image(self, index: int) -> Image.Image:
         """Return image `index` as RGB, in the size of the file."""

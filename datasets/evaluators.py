@@ -75,11 +75,11 @@ class CocoEvaluator:
     def update(self, detections: list[Detections], targets: list[Target]) -> None:
         """Add the detections of a batch; boxes are xyxy in pixels of the original file, labels those of the model."""
         for found, target in zip(detections, targets, strict=True):
-            scores = found.scores.detach().float().cpu().numpy()
+            scores = found.scores.detach().cpu().double().numpy()
             best = np.argsort(-scores, kind="stable")[: self.topk]
-            x0, y0, x1, y1 = found.boxes_px.detach().float().cpu().numpy()[best].T
+            x0, y0, x1, y1 = found.boxes_px.detach().cpu().double().numpy()[best].T
             categories = self._category_ids[found.labels.cpu().numpy()[best]]
-            rows = np.stack([x0, y0, x1 - x0, y1 - y0, scores[best], categories], axis=1).astype(np.float64)
+            rows = np.stack([x0, y0, x1 - x0, y1 - y0, scores[best], categories], axis=1)
             self._results[int(target.image_id)] = rows[categories >= 0]  # labels that stand for no category drop out
         self._evaluated = None
 

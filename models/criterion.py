@@ -85,7 +85,8 @@ class Criterion(nn.Module):
         """
         jobs = self._jobs(output, targets)
         self._assign(jobs)
-        counts = _average_counts([job.assignment.count for job in jobs], output.pred_logits.device)
+        # Not in evaluation: processes may have different numbers of batches there.
+        counts = _average_counts([j.assignment.count for j in jobs], output.pred_logits.device, over_all=self.training)
         values: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         for job, count in zip(jobs, counts):
@@ -124,9 +125,7 @@ class Criterion(nn.Module):
             for job, assignment in zip(group, self.assigners[name](requests)):
                 job.assignment = assignment
 
-    def _evaluate(
-        self, job: _Job, count: float | Tensor, values: dict[str, Tensor], weights: dict[str, float]
-    ) -> None:
+    def _evaluate(self, job: _Job, count: float | Tensor, values: dict[str, Tensor], weights: dict[str, float]) -> None:
         """Add the losses of one job to `values`, scaled by the weight of its supervision (log-only entries too)."""
         scale = job.supervision.weight
         pairs = _gather(job.targets, job.assignment)
@@ -179,9 +178,9 @@ def _gather(targets: list[Target], assignment: Assignment) -> TargetPairs:
     return TargetPairs(labels[index], boxes[index].float())
 
 
-def _average_counts(counts: list[float | Tensor], device: torch.device) -> Tensor | list[float]:
-    """Return each count averaged over processes and at least 1: one all-reduce for the whole step."""
-    if not (dist.is_available() and dist.is_initialized()):
+def _average_counts(counts: list[float | Tensor], device: torch.device, *, over_all: bool) -> Tensor | list[float]:
+    """Return each count, at least 1, averaged over processes if `over_all`: one all-reduce for the whole step."""
+    if not (over_all and dist.is_available() and dist.is_initialized()):
         return [c.clamp(min=1) if isinstance(c, Tensor) else max(c, 1.0) for c in counts]
     vector = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts])
     dist.all_reduce(vector)

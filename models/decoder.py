@@ -21,9 +21,7 @@ class DecoderLayer(nn.Module):
     The norms are numbered in the order cross-attention, self-attention, feed-forward, as published.
     """
 
-    def __init__(
-        self, attention: MSDeformAttn, *, width: int, heads: int, feedforward: int, dropout: float
-    ) -> None:
+    def __init__(self, attention: MSDeformAttn, *, width: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
         self.cross_attn = attention
         self.dropout1 = nn.Dropout(dropout)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.backbones import resize_padding
 from models.groups.base import Context, GroupSource
 from models.heads import Heads
 from models.neck import InputProjection
-from models.backbones import resize_padding
 from models.transformer import DeformableTransformer
 from util.structures import (
     DetectorOutput,
@@ -63,9 +63,7 @@ class Detector(nn.Module):
     def heads(self) -> Heads:
         return Heads(self.class_embed, self.bbox_embed)
 
-    def forward(
-        self, images: ImageBatch, targets: list[Target] | None = None, epoch: int = 0
-    ) -> DetectorOutput:
+    def forward(self, images: ImageBatch, targets: list[Target] | None = None, epoch: int = 0) -> DetectorOutput:
         """Detect.
 
         Args:

@@ -1,4 +1,4 @@
-"""Deformable encoder: multi-scale deformable self-attention over the tokens of all levels (Deformable-DETR, section 4.1)."""
+"""Deformable encoder: deformable self-attention over the tokens of all levels (Deformable-DETR, section 4.1)."""
 
 from __future__ import annotations
 

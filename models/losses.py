@@ -44,7 +44,10 @@ def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Ass
     giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
     if assignment.weight is not None:
         l1, giou = l1 * assignment.weight, giou * assignment.weight
-    return {"loss_bbox": _per_layer(l1, predictions, assignment), "loss_giou": _per_layer(giou, predictions, assignment)}
+    return {
+        "loss_bbox": _per_layer(l1, predictions, assignment),
+        "loss_giou": _per_layer(giou, predictions, assignment),
+    }
 
 
 def _per_layer(values: Tensor, predictions: Predictions, assignment: Assignment) -> Tensor:

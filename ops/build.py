@@ -79,6 +79,16 @@ def why_not_buildable(kind: str) -> str | None:
     return why_no_nvcc() if kind == "cuda" else None
 
 
+def why_not_on_first_use(kind: str) -> str | None:
+    """Return why the kernel may not or cannot be compiled when it is first used, None if it can."""
+    allowed = os.environ.get(BUILD_VARIABLE, "all")
+    if allowed not in ("all", "none", *KERNELS):
+        return f"{BUILD_VARIABLE} must be all, none, cpu or cuda, found '{allowed}'"
+    if allowed not in ("all", kind):
+        return f"it is not built, and {BUILD_VARIABLE}={allowed} forbids compiling on first use"
+    return why_not_buildable(kind)
+
+
 def why_no_nvcc() -> str | None:
     """Return why CUDA sources cannot be compiled for this PyTorch, None if they can. Needs no GPU."""
     if torch.version.cuda is None:
@@ -124,12 +134,7 @@ def load(kind: str) -> None:
     """
     path = built_library(kind)
     if path is None:
-        allowed = os.environ.get(BUILD_VARIABLE, "all")
-        if allowed not in ("all", "none", *KERNELS):
-            raise BuildError(f"{BUILD_VARIABLE} must be all, none, cpu or cuda, found '{allowed}'")
-        if allowed not in ("all", kind):
-            raise BuildError(f"it is not built, and {BUILD_VARIABLE}={allowed} forbids compiling on first use")
-        if reason := why_not_buildable(kind):
+        if reason := why_not_on_first_use(kind):
             raise BuildError(reason)
         path = _compile_once(kind)
     try:

@@ -16,6 +16,7 @@ VARIABLE = "ASSIGNDETR_OPS_BACKEND"
 _forced = "auto"
 _failed: dict[str, str] = {}  # kernel -> why it could not be loaded; one attempt per process
 _loaded: set[str] = set()
+_reported: set[str] = set()  # kernels whose absence has been printed
 
 
 def set_backend(name: str) -> None:
@@ -79,9 +80,6 @@ def _load(kind: str) -> bool:
     return kind in _loaded
 
 
-_reported: set[str] = set()
-
-
 def _report(kind: str) -> None:
     """Say once, on one line and from one process per machine, that the compiled kernel is missing."""
     if kind in _reported:
@@ -104,4 +102,4 @@ def _why_unavailable(kind: str) -> str | None:
         return "PyTorch sees no GPU"
     if build.built_library(kind):
         return None
-    return build.why_not_buildable(kind)
+    return build.why_not_on_first_use(kind)

@@ -1,8 +1,10 @@
-"""Presets and launchers: every preset gives flags the parser takes, and those of the published tables are the tables'."""
+"""Presets and launchers: every preset gives flags the parser takes, published rows have the flags of their table."""
 
+import json
 import os
 import shlex
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -45,7 +47,8 @@ def name_of(path: Path) -> str:
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("LAUNCH", "GPUS_", "SRUN_", "OMP_"))}
+    ours = ("LAUNCH", "GPUS_", "SRUN_", "CPUS_", "OMP_", "DATA", "MASTER_", "NNODES", "NODE_RANK")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=60)
 
@@ -215,3 +218,60 @@ def test_launchers_without_arguments_say_how_to_use_them(launcher: Path) -> None
     done = run(launcher)
     assert done.returncode != 0
     assert "usage:" in done.stderr
+
+
+def in_setup_env(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run("bash", "-c", f"set -euo pipefail; source configs/setup_env.sh; {script}", **environment)
+
+
+def test_setup_uses_the_active_environment_and_installs_nothing_that_is_there(tmp_path: Path) -> None:
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("the tests do not run in a virtual environment")
+    script = f"setup_env {tmp_path / 'unused'} -r requirements.txt pytest; command -v python"
+    done = in_setup_env(script, VIRTUAL_ENV=sys.prefix)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{sys.prefix}/bin/python"], "no line about an installation"
+    assert not (tmp_path / "unused").exists()
+
+
+@pytest.mark.parametrize(
+    ("requirement", "enough"), [("pytest>=1", True), ("pytest>=1000", False), ("no-such-package", False)]
+)
+def test_setup_sees_what_is_missing_or_too_old(tmp_path: Path, requirement: str, enough: bool) -> None:
+    (tmp_path / "requirements.txt").write_text(f"# comment\n\n{requirement}  # why\n")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = in_setup_env(f"satisfied -r {tmp_path / 'requirements.txt'} pip", PATH=path)
+    assert (done.returncode == 0) == enough, done.stderr
+
+
+def test_setup_says_that_no_python_fits() -> None:
+    done = in_setup_env('find_python "(9, 0)" "(9, 9)"')
+    assert done.returncode == 1
+    assert "no Python between (9, 0) and (9, 9)" in done.stderr
+
+
+def test_condas_base_is_not_taken_for_an_environment_of_the_user() -> None:
+    active = {"VIRTUAL_ENV": "", "CONDA_PREFIX": sys.prefix}
+    assert in_setup_env("active_environment", CONDA_DEFAULT_ENV="base", **active).stdout == ""
+    assert in_setup_env("active_environment", CONDA_DEFAULT_ENV="detr", **active).stdout.strip() == sys.prefix
+
+
+@pytest.mark.parametrize("form", ["--output_dir {}", "--output_dir={}"])
+def test_quickstart_ends_with_the_precision_of_its_run(tmp_path: Path, form: str) -> None:
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("the tests do not run in a virtual environment")
+    pytest.importorskip("matplotlib")
+    entries = [{"epoch": 0, "train_loss": 2.0, "test_coco_eval_bbox": [0.1, 0.2] + [0.0] * 10}]
+    entries += [{"epoch": 1, "train_loss": 1.0, "test_coco_eval_bbox": [0.6127, 0.9004] + [0.0] * 10}]
+    training = tmp_path / "training.py"
+    training.write_text(
+        "import sys\nfrom pathlib import Path\nfrom util.args import get_args_parser\n"
+        "args = get_args_parser().parse_args(sys.argv[2:])\nassert args.seed == 3 and args.two_stage\n"
+        "folder = Path(args.output_dir)\nfolder.mkdir()\n"
+        f"(folder / 'log.txt').write_text({chr(10).join(map(json.dumps, entries))!r})\n"
+    )
+    more = {"LAUNCH": f"{sys.executable} {training}", "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
+    words = form.format(tmp_path / "run").split()
+    done = run("bash", CONFIGS / "quickstart.sh", "--seed", "3", *words, cwd=tmp_path, **more)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "AP 0.613 AP50 0.900"

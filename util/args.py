@@ -103,7 +103,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--train_scales", nargs="+", type=int, default=list(range(480, 801, 32)), help="shorter sides drawn, pixels"
     )
-    group.add_argument("--crop_scales", nargs="+", type=int, default=[400, 500, 600], help="shorter sides before a crop")
+    group.add_argument(
+        "--crop_scales", nargs="+", type=int, default=[400, 500, 600], help="shorter sides before a crop"
+    )
     group.add_argument("--crop_range", nargs=2, type=int, default=[384, 600], help="smallest and largest crop side")
     group.add_argument("--test_size", default=800, type=int, help="shorter side in evaluation, pixels; 0: no resizing")
     group.add_argument("--max_size", default=1333, type=int, help="largest longer side, pixels")
@@ -280,17 +282,25 @@ def _add_optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--use_ema", action=SWITCH, default=False, help="keep and evaluate an average of the weights")
     group.add_argument("--ema_decay", default=0.9997, type=float, help="decay of that average per step")
     group.add_argument(
-        "--freeze", default=[], nargs="+", help="beginnings of parameter names that are not trained, for example backbone"
+        "--freeze",
+        default=[],
+        nargs="+",
+        help="beginnings of parameter names that are not trained, for example backbone",
     )
     group.add_argument(
-        "--max_nonfinite", default=20, type=int, help="stop after so many non-finite losses in a row; each skips its step"
+        "--max_nonfinite",
+        default=20,
+        type=int,
+        help="stop after so many non-finite losses in a row; each skips its step",
     )
 
 
 def _add_distributed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("distributed")
     # torch.distributed.launch passes the dashed form, older ones the other; the environment wins over both.
-    group.add_argument("--local-rank", "--local_rank", dest="local_rank", type=int, default=None, help=argparse.SUPPRESS)
+    group.add_argument(
+        "--local-rank", "--local_rank", dest="local_rank", type=int, default=None, help=argparse.SUPPRESS
+    )
     for name in ("--world_size", "--rank"):
         group.add_argument(name, type=int, default=None, help=argparse.SUPPRESS)
     group.add_argument("--dist_url", default="env://", help=argparse.SUPPRESS)
@@ -328,11 +338,32 @@ def check_args(args: argparse.Namespace) -> None:
 def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     """Return pairs (broken, what is wrong and the way out)."""
     levels = a.num_feature_levels
-    positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
-    positive += "dec_layers enc_n_points dec_n_points dim_feedforward save_every eval_every max_nonfinite print_freq".split()
+    positive = [
+        "batch_size",
+        "eval_batch_size",
+        "grad_accum_steps",
+        "epochs",
+        "num_queries_one2one",
+        "hidden_dim",
+        "nheads",
+        "topk",
+    ]
+    positive += [
+        "dec_layers",
+        "enc_n_points",
+        "dec_n_points",
+        "dim_feedforward",
+        "save_every",
+        "eval_every",
+        "max_nonfinite",
+        "print_freq",
+    ]
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
     rules += [
-        (a.two_stage and not a.with_box_refine, "--two_stage needs --with_box_refine: add it (proposals are 4-D boxes)"),
+        (
+            a.two_stage and not a.with_box_refine,
+            "--two_stage needs --with_box_refine: add it (proposals are 4-D boxes)",
+        ),
         (a.mixed_selection and not a.two_stage, "--mixed_selection needs --two_stage --with_box_refine: add them"),
         (
             a.look_forward_twice and not a.with_box_refine,

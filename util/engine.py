@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from util import dist
-from util.logger import Meters, Progress, loss_values, max_memory_mb
+from util.logger import Meters, Progress, max_memory_mb
 from util.nonfinite import NonFiniteGuard
 from util.rng import isolated_rng
 from util.structures import Detections, ImageBatch, LossReport, Target
@@ -43,11 +43,9 @@ def distribute(step: TrainStep, device: torch.device, find_unused_parameters: bo
     """Wrap `step` for several processes; a single process gets it back as it is."""
     if not dist.is_distributed():
         return step
-    trains_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in step.modules())
     return DistributedDataParallel(
         step,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=trains_norms,  # frozen norms are equal already: one broadcast less per step
         find_unused_parameters=find_unused_parameters,
     )
 
@@ -109,7 +107,7 @@ def train_one_epoch(
             if healthy:
                 state.scaler.scale(report.total / window).backward()
         if finite:
-            state.meters.update(loss_values(report))
+            state.meters.update_losses(report)
         if not window_ends:
             continue
 
@@ -179,7 +177,7 @@ def evaluate(
             with settings.autocast(device):
                 output = model(images, None, epoch)
                 if criterion is not None:
-                    meters.update(loss_values(criterion(output, targets)))
+                    meters.update_losses(criterion(output, targets))
             detections = postprocessor(output, [t.orig_size for t in targets], [t.image_id for t in targets])
             evaluator.update(detections, targets)
             kept += detections[: keep - len(kept)] if len(kept) < keep else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -24,10 +24,11 @@ SHOWN = ("loss", "class_error", "loss_ce", "loss_bbox", "loss_giou", "grad_norm"
 class Meters:
     """Averages of device scalars, fetched from the device only when somebody reads them.
 
-    A step costs one `stack` and one addition on the device.
+    A step costs one `stack` and one addition on the device; the weights of losses are multiplied on the host.
     """
 
     def __init__(self) -> None:
+        self.weights: dict[str, float] = {}
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self._pending: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # per set of names: sum on the device, how many
@@ -40,6 +41,11 @@ class Meters:
         total, count = self._pending.get(names, (None, 0))
         self._pending[names] = (vector if total is None else total + vector, count + 1)
 
+    def update_losses(self, report: LossReport) -> None:
+        """Add a step: the total as `loss` and every term as `*_unscaled`; `averages` derives the weighted terms."""
+        self.weights = {**self.weights, **report.weights}
+        self.update({"loss": report.total, **{f"{name}_unscaled": value for name, value in report.terms.items()}})
+
     def flush(self) -> None:
         """Fetch what was added since the last time; `recent` holds its averages."""
         recent: dict[str, list[float]] = {}
@@ -51,13 +57,16 @@ class Meters:
                 seen[0] += value
                 seen[1] += count
         if recent:
-            self.recent = {name: value / count for name, (value, count) in recent.items()}
+            self.recent = self._with_weighted(recent)
         self._pending.clear()
 
     def averages(self) -> dict[str, float]:
-        """Return the averages over everything so far in this process."""
+        """Return the averages over everything so far in this process.
+
+        Keys are the family's: `loss`, `class_error`, every weighted term, every term as `*_unscaled`, and the others.
+        """
         self.flush()
-        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+        return self._with_weighted({name: (self.sums[name], self.counts[name]) for name in self.sums})
 
     def global_averages(self) -> dict[str, float]:
         """Return the averages over all processes; a collective."""
@@ -68,28 +77,23 @@ class Meters:
                 entry = sums.setdefault(name, [0.0, 0])
                 entry[0] += value
                 entry[1] += own_counts[name]
-        return {name: value / count for name, (value, count) in sums.items()}
+        return self._with_weighted(sums)
+
+    def _with_weighted(self, sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        plain = {name: value / count for name, (value, count) in sums.items()}
+        shown = {"class_error": 1.0, **self.weights}
+        weighted = {n: w * plain[f"{n}_unscaled"] for n, w in shown.items() if f"{n}_unscaled" in plain}
+        first = {"loss": plain.pop("loss")} if "loss" in plain else {}
+        return {**first, **weighted, **plain}
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, so that a run resumed inside an epoch logs the whole epoch."""
         self.flush()
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+        return {"weights": dict(self.weights), "sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue an average."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-
-
-def loss_values(report: LossReport) -> dict[str, Tensor]:
-    """Return what the family logs about a step: `loss`, every weighted term, and every term as `*_unscaled`.
-
-    Log-only entries such as `class_error` appear under their own name as well.
-    """
-    values = {"loss": report.total}
-    values.update({name: value for name, value in report.terms.items() if name == "class_error"})
-    values.update(report.weighted())
-    values.update({f"{name}_unscaled": value for name, value in report.terms.items()})
-    return values
+        self.weights, self.sums, self.counts = (dict(state[name]) for name in ("weights", "sums", "counts"))
 
 
 class Progress:

@@ -98,6 +98,6 @@ class NonFiniteGuard:
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"{self.in_a_row} non-finite {what} in a row (--max_nonfinite {self.limit}). Usual causes, in this "
-                "order: the rate (lower --lr, add --warmup_steps 1000), mixed precision (--amp bf16 or --amp off in place of "
-                "fp16), a wrong annotation (see the image ids above). Continue from the last good checkpoint"
+                "order: the rate (lower --lr, add --warmup_steps 1000), mixed precision (--amp bf16 or --amp off in "
+                "place of fp16), a wrong annotation (see the image ids above). Continue from the last good checkpoint"
             )

@@ -1,4 +1,4 @@
-"""Hungarian matching of all sets and layers of a step with one copy to the host (DETR, section 3.1; H-DETR, section 3)."""
+"""Hungarian matching of all sets and layers of a step with one copy to the host (DETR, section 3.1; H-DETR, 3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-to-one matching: the queries of inference, taught by Hungarian matching on every layer (DETR; Deformable-DETR)."""
+"""One-to-one matching: the queries of inference, taught by Hungarian matching on every layer (DETR)."""
 
 from __future__ import annotations
 

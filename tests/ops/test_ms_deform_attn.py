@@ -19,7 +19,7 @@ CASES = {
 SUMS = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-@pytest.fixture(params=["reference", "cpu", "cuda"])
+@pytest.fixture(params=["reference", "cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Force each backend in turn; the value is the device to put tensors on."""
     if request.param not in ops.backends():

@@ -243,7 +243,9 @@ def _set_name(name: str, layer: int, layers: int) -> str:
 @contextmanager
 def _watch(model: Detector):
     """Collect what the parts of the detector return during one forward pass."""
-    seen: dict[str, list] = {k: [] for k in "features positions input_proj encoder decoder enc_output groups".split()}
+    seen: dict[str, list] = {
+        k: [] for k in ["features", "positions", "input_proj", "encoder", "decoder", "enc_output", "groups"]
+    }
     transformer, handles = model.transformer, []
 
     def watch(module: nn.Module, key: str) -> None:
