@@ -132,10 +132,13 @@ class RandomSizeCrop(nn.Module):
 
 
 class Normalize(nn.Module):
-    """The last step: the PIL image becomes a normalised float tensor. Boxes stay in pixels until `collate`."""
+    """The last step: the PIL image becomes a normalised float tensor. Boxes stay in pixels until `collate`.
+
+    A crop may leave a sliver one rounding step wide, which a later resize rounds to nothing: it drops out here.
+    """
 
     def forward(self, image: Image.Image, sample: dict) -> tuple[Tensor, dict]:
-        return normalize(image), sample
+        return normalize(image), keep_objects(sample, has_area(sample["boxes"]))
 
 
 def train_transforms(

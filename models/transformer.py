@@ -1,8 +1,8 @@
 """Encoder, decoder and where the decoder's first queries come from.
 
 There is one class per origin of the queries, so that its layers have the published names
-(`transformer.reference_points`, `transformer.enc_output`, ...). A training scheme (`models/groups/`) asks for ranked rows
-of these queries and does not know the origin: every scheme works with learned and with proposal queries.
+(`transformer.reference_points`, `transformer.enc_output`, ...). A training scheme (`models/groups/`) asks for ranked
+rows of these queries and does not know the origin: every scheme works with learned and with proposal queries.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from datasets.collate import pad_images
 from datasets.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    Normalize,
     RandomResize,
     RandomSizeCrop,
     crop,
@@ -126,6 +127,14 @@ def test_normalize_uses_the_statistics_of_imagenet():
     expected = [(v - m) / s for v, m, s in zip((1.0, 0.0, 0.2), IMAGENET_MEAN, IMAGENET_STD)]
     assert pixels.shape == (3, 1, 2) and type(pixels) is torch.Tensor
     assert torch.allclose(pixels[:, 0, 0], torch.tensor(expected), atol=1e-6)
+
+
+def test_a_sliver_that_resizing_rounded_to_nothing_drops_out():
+    sliver = [torch.nextafter(torch.tensor(25.0), torch.tensor(0.0)).item(), 0, 25, 20]
+    samples = [resize(picture(), sample_of([sliver, [1, 1, 5, 5]]), (20, w)) for w in range(31, 60)]
+    assert any(sample["boxes"][0, 0] == sample["boxes"][0, 2] for _, sample in samples)
+    for image, sample in samples:
+        collate([Normalize()(image, sample)])  # does not raise
 
 
 # ---- random draws ----
