@@ -1,7 +1,7 @@
 """Every flag of `main.py`, in argument groups whose order is the reading order of `--help`.
 
-Names and defaults are those of the Deformable-DETR family. A flag says its unit, its default and, where it stands for an
-idea of a paper, the section. `args` ends at the `build_*` functions: no class takes it.
+Names and defaults are those of the Deformable-DETR family. A flag says its unit, its default and, where it stands for
+an idea of a paper, the section. `args` ends at the `build_*` functions: no class takes it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         default="",
-        help="checkpoint (file or https) to continue exactly; auto: OUTPUT_DIR/checkpoint.pth if it is there, else start",
+        help="checkpoint (file or https) to continue exactly; auto: OUTPUT_DIR/checkpoint.pth if there is one",
     )
     group.add_argument(
         "--init_from",
@@ -85,8 +85,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--category_ids",
         default="auto",
         choices=["auto", "contiguous", "raw"],
-        help="class index of a category: contiguous 0..K-1 in the order of the ids; raw: the id itself, as in published "
-        "COCO weights (91 slots); auto: raw for the 80 categories of COCO, contiguous for everything else",
+        help="class index of a category: contiguous 0..K-1 in the order of the ids; raw: the id itself, as in "
+        "published COCO weights (91 slots); auto: raw for the 80 categories of COCO, contiguous for everything else",
     )
     group.add_argument(
         "--num_classes", default=None, type=int, help="number of class outputs; not given: read from the annotations"
@@ -338,26 +338,9 @@ def check_args(args: argparse.Namespace) -> None:
 def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     """Return pairs (broken, what is wrong and the way out)."""
     levels = a.num_feature_levels
-    positive = [
-        "batch_size",
-        "eval_batch_size",
-        "grad_accum_steps",
-        "epochs",
-        "num_queries_one2one",
-        "hidden_dim",
-        "nheads",
-        "topk",
-    ]
-    positive += [
-        "dec_layers",
-        "enc_n_points",
-        "dec_n_points",
-        "dim_feedforward",
-        "save_every",
-        "eval_every",
-        "max_nonfinite",
-        "print_freq",
-    ]
+    positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
+    positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
+    positive += "save_every eval_every max_nonfinite print_freq".split()
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
     rules += [
         (

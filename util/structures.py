@@ -1,7 +1,7 @@
 """The data types that travel through the detector.
 
-Shape letters: `B` images in the batch, `L` decoder layers, `Q` queries of a group, `N` predictions of any set, `M` targets
-of one image, `S` encoder tokens, `D` hidden size, `C` classes, `P` matched pairs.
+Shape letters: `B` images in the batch, `L` decoder layers, `Q` queries of a group, `N` predictions of any set, `M`
+targets of one image, `S` encoder tokens, `D` hidden size, `C` classes, `P` matched pairs.
 
 All boxes inside the model are `cxcywh`, divided by the size of the *unpadded* image, so in [0, 1].
 """

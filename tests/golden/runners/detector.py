@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import contextmanager
 
 import numpy as np
@@ -243,9 +244,7 @@ def _set_name(name: str, layer: int, layers: int) -> str:
 @contextmanager
 def _watch(model: Detector):
     """Collect what the parts of the detector return during one forward pass."""
-    seen: dict[str, list] = {
-        k: [] for k in ["features", "positions", "input_proj", "encoder", "decoder", "enc_output", "groups"]
-    }
+    seen = defaultdict(list)
     transformer, handles = model.transformer, []
 
     def watch(module: nn.Module, key: str) -> None:
