@@ -48,7 +48,7 @@ class TrainBatchSampler(Sampler[list[int]]):
         return torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def _slice(self, step: int) -> tuple[int, int]:
-        first = (self.rank * self.steps + step) * self.batch_size
+        first = (step * self.world_size + self.rank) * self.batch_size
         return first, first + self.batch_size
 
     def __len__(self) -> int:
