@@ -98,7 +98,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default="detr",
         choices=["detr", "resize", "flip", "none"],
         help="training augmentation: detr = flip and (resize or resize-crop-resize); resize = flip and resize; "
-        "flip = only the flip; none",
+        "flip = only the flip, at the evaluation size; none",
     )
     group.add_argument(
         "--train_scales", nargs="+", type=int, default=list(range(480, 801, 32)), help="shorter sides drawn, pixels"

@@ -57,7 +57,7 @@ def fit_to_model(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Settle what is a matter of names and row counts only.
 
-    * A tensor with several names (`aliases`): whatever names the file has, all get one value. If the copies differ the
+    * A tensor with several names (`aliases`): the first is needed, the others may be missing. If the copies differ the
       last one in the order of the file wins, which is what loading them one after the other gave.
     * A query table with more rows than ours (H-DETR: training-only queries follow those of inference): its first rows.
     * `num_batches_tracked` that our frozen norms do not have is dropped.
@@ -65,7 +65,7 @@ def fit_to_model(
     Args:
         state: native names.
         own: the state dict of the model.
-        aliases: names of `own` that are one tensor, per tensor.
+        aliases: names of `own` that are one tensor, in its order, per tensor.
 
     Returns:
         The fitted state and lines that say what was changed.
@@ -73,9 +73,9 @@ def fit_to_model(
     fitted = {n: v for n, v in state.items() if n in own or not n.endswith("num_batches_tracked")}
     lines = []
     for names in aliases:
-        copies = [name for name in fitted if name in names]
-        if not copies:
+        if names[0] not in fitted:  # refinement shows in the first names: a file without them is of another model
             continue
+        copies = [name for name in fitted if name in names]
         value = fitted[copies[-1]]
         if any(fitted[n].shape != value.shape or not torch.equal(fitted[n], value) for n in copies):
             lines.append(f"{len(copies)} names of one tensor differ in the file: took {copies[-1]}, not {copies[0]}")

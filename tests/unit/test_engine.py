@@ -130,7 +130,7 @@ def test_an_infinite_loss_skips_its_step_names_it_and_keeps_the_batch(tmp_path, 
     assert run.slope == 1.0 - 6.0
     assert stats["loss"] == pytest.approx((2.0 - 4.0) / 2)  # the bad step is not averaged in
     text = capsys.readouterr().out
-    assert "epoch 0 step 1: the loss is inf; not finite: loss_ce; image ids [42]; step skipped" in text
+    assert "epoch 0 step 1: the loss is -inf; not finite: loss_ce; image ids [42]; step skipped" in text
     dumped = read_checkpoint(tmp_path / "nonfinite_epoch0_step1_rank0.pth")
     assert torch.equal(dumped["pixels"], torch.full((1, 3, 2, 2), 3.0))
     assert dumped["targets"][0]["image_id"] == 42
