@@ -1,0 +1,91 @@
+"""Files in the form of the published repositories evaluate by `--resume FILE --eval`, with no conversion step."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from datasets.coco_names import COCO_NAMES
+from models import build_model
+from tests.conftest import CASES, ROOT
+from tests.golden import case
+from tests.test_configs import flags_of, parsed
+from util.checkpoint import load_weights
+
+# Published file (drawn weights under its names and shapes) and the preset that evaluates it.
+FILES = {
+    "ddetr_base": "deformable_detr/r50",
+    "ddetr_single_scale": "deformable_detr/single_scale",
+    "ddetr_single_scale_dc5": "deformable_detr/single_scale_dc5",
+    "ddetr_refine": "deformable_detr/refine",
+    "ddetr_two_stage": "deformable_detr/two_stage",
+    "hdetr_baseline": "h_detr/baseline_r50_12ep",
+    "hdetr_tricks_only": "h_detr/tricks_r50_12ep",
+    "hdetr_r50_hybrid_official": "h_detr/tricks_r50_12ep",
+}
+
+
+@pytest.fixture(scope="module")
+def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images in COCO's layout with COCO's 80 categories."""
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "val2017").mkdir()
+    (folder / "annotations").mkdir()
+    images, annotations = [], []
+    for number, (height, width) in enumerate([(96, 128), (77, 60)], start=1):
+        pixels = np.random.RandomState(number).randint(0, 255, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).resize((width, height)).save(folder / "val2017" / f"{number:012}.png")
+        images.append({"id": number, "file_name": f"{number:012}.png", "height": height, "width": width})
+        box = [5.0, 6.0, 30.0, 40.0]
+        annotations.append(
+            {"id": number, "image_id": number, "category_id": 90, "bbox": box, "area": 1200.0, "iscrowd": 0}
+        )
+    categories = [{"id": i, "name": name} for i, name in COCO_NAMES.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_file_evaluates_with_its_preset(name: str, coco_folder: Path, tmp_path: Path) -> None:
+    meta = json.loads((CASES / f"{name}.json").read_text())
+    state = case.checkpoint(meta)
+    published = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 49, "args": Namespace(lr=2e-4, eval=False)}
+    torch.save(published, tmp_path / "published.pth")
+    more = ["--num_queries", str(meta["flags"].get("num_queries_one2one", meta["flags"].get("num_queries", 300)))]
+    more += ["--coco_path", str(coco_folder), "--test_size", "96", "--device", "cpu", "--num_workers", "0"]
+    more += ["--eval", "--resume", str(tmp_path / "published.pth"), "--output_dir", str(tmp_path / "out")]
+    flags = flags_of(ROOT / "configs" / f"{FILES[name]}.sh", *more)
+    assert main.main(flags) == 0
+
+    args = parsed([*flags, "--backbone_weights", "none", "--num_classes", str(meta["num_classes"])])
+    model, _, postprocessor = build_model(args)
+    load_weights(model.eval(), tmp_path / "published.pth")
+    found = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
+    expected = _detect(args, model, postprocessor)
+    known = [d for d in expected if d[1] in COCO_NAMES]
+    assert len(found) == len(known)
+    for ours, (image_id, category, score) in zip(found, known):
+        assert ours["image_id"] == image_id and ours["category_id"] == category
+        assert ours["score"] == pytest.approx(score, abs=1e-4)
+
+
+@torch.no_grad()
+def _detect(args: Namespace, model: torch.nn.Module, postprocessor: torch.nn.Module) -> list[tuple[int, int, float]]:
+    """Return (image id, label, score) of every detection, image by image."""
+    from datasets import build_dataset, collate
+
+    dataset, result = build_dataset("val", args), []
+    assert dataset.num_classes == 91
+    for i in range(len(dataset)):
+        images, (target,) = collate([dataset[i]])
+        (detections,) = postprocessor(model(images), [target.orig_size], [target.image_id])
+        result += [(target.image_id, int(c), float(s)) for c, s in zip(detections.labels, detections.scores)]
+    return result
