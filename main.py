@@ -17,7 +17,7 @@ from datasets import build_dataset, build_eval_loader, build_train_loader, check
 from models import build_model
 from util import dist
 from util.args import check_args, get_args_parser
-from util.checkpoint import init_from, load_weights, read_checkpoint
+from util.checkpoint import compare_classes, init_from, load_weights, read_checkpoint
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
 from util.errors import UserError
@@ -32,7 +32,7 @@ __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, or 2 after a mistake of the user, told without a traceback."""
+    """Run the command line; return 0, 2 after a mistake of the user, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
     try:
         check_args(args)
@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        way_on = "; --resume auto goes on from the last checkpoint" if args.output_dir else ""
+        print(f"interrupted{way_on}", file=sys.stderr, flush=True)
+        return 130
     finally:
         dist.shutdown()
     return 0
@@ -61,6 +65,8 @@ def run(args: Namespace) -> None:
 
     seed_everything(args.seed)
     model, criterion, postprocessor = build_parts(args, device, download=checkpoint is None)
+    if checkpoint is not None and (warning := compare_classes(checkpoint, val_set.class_names)):
+        dist.info(warning)
     if checkpoint is None and args.init_from:
         start_from(args, model, val_set.class_names)
     freeze(model, args.freeze)

@@ -22,7 +22,7 @@ FLAGS = (
 
 def flags(output_dir: Path | str, more: str = "") -> list[str]:
     """Return the command line of a run; `more` wins."""
-    return f"{FLAGS} --output_dir {output_dir} {more}".split()
+    return f"{FLAGS} --output_dir={output_dir} {more}".split()
 
 
 def run(output_dir: Path | str, more: str = "") -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -73,7 +75,9 @@ def _other_files(path: Path) -> str:
 
 def _download(url: str) -> Path:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    target = folder / Path(urlparse(url).path).name
+    # Files of different addresses may have the same name.
+    key = hashlib.sha256(url.encode()).hexdigest()[:8]
+    target = folder / f"{key}_{Path(urlparse(url).path).name}"
     with dist.local_main_first():
         if not target.is_file():
             folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +118,18 @@ def stored_args(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the command line inside a checkpoint, ours or a published one; empty if there is none."""
     args = content.get("args") or {}
     return dict(vars(args)) if isinstance(args, argparse.Namespace) else dict(args)
+
+
+def compare_classes(content: Mapping[str, Any], class_names: Sequence[str]) -> str:
+    """Return a warning if a checkpoint of ours was trained on other classes, else an empty string."""
+    theirs = list(content.get("class_names", class_names))
+    if theirs == list(class_names):
+        return ""
+    shown = [(a, b) for a, b in zip_longest(theirs, class_names, fillvalue="nothing") if a != b]
+    return (
+        f"warning: {len(shown)} classes of the checkpoint have other names in these annotations, for example "
+        f"{shown[0][0]!r} is {shown[0][1]!r} here; results will be wrong unless the order is the same"
+    )
 
 
 def load_weights(

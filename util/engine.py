@@ -86,6 +86,8 @@ def train_one_epoch(
         Averages over the epoch and over processes, keys as in the family's `log.txt` without the prefix `train_`.
     """
     train_step.train()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     epoch, batches = state.epoch + 1, len(loader)
     progress = Progress(f"Epoch: [{epoch}]", batches, start=state.step, print_freq=settings.print_freq)
     shown = {"lr": lambda: f"{state.optimizer.param_groups[0]['lr']:.6f}"}

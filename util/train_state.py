@@ -193,7 +193,7 @@ class TrainState:
             self.meters.load_state_dict(content["meters"][dist.rank()])
             set_rng_state(content["rng"][dist.rank()])
         same_batches = world == dist.world_size() and stored.get("batch_size") == self.args.get("batch_size")
-        if self.step and not same_batches:
+        if self.step and not (same_batches and self.step % self.args["grad_accum_steps"] == 0):
             dist.info(f"the batches are not those of {name}: epoch {self.epoch + 1} starts again at its first batch")
             self.step = 0
             self.meters = Meters()

@@ -243,7 +243,5 @@ def test_published_coco_files_have_known_class_names(tmp_path):
 
 def test_class_rows_without_class_names_are_refused(tmp_path):
     path, _ = saved(tmp_path, tiny_model("--num_classes 3"))
-    with pytest.raises(UserError, match="--init_class_rows: .* does not say its class names"):
+    with pytest.raises(UserError, match=r"--init_class_rows: .* does not say its class names"):
         init_from(tiny_model(), path, ["a"], copy_class_rows=True)
-
-
