@@ -119,8 +119,7 @@ def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[
     """Return detector, criterion and post-processor; without `download` a checkpoint will fill the backbone."""
     if not download:
         args.backbone_weights, args.pretrained_backbone_path = "none", ""
-    with dist.local_main_first():
-        model, criterion, postprocessor = build_model(args)
+    model, criterion, postprocessor = build_model(args)
     return model.to(device), criterion.to(device), postprocessor
 
 
