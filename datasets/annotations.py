@@ -37,6 +37,9 @@ def read_coco(path: Path, flag: str) -> dict:
                 f"annotation file {path} has no list `{key}`: this is not the COCO format (a dict with images, "
                 f"annotations and categories; `annotations` may be empty). Convert the file, or mend {flag}"
             )
+        odd = next((entry for entry in data[key] if not isinstance(entry, dict)), None)
+        if odd is not None:
+            raise UserError(f"annotation file {path}: `{key}` has the entry {odd!r}; every entry must be an object {{}}")
     return data
 
 
@@ -48,9 +51,14 @@ def mend_coco(data: dict, path: Path) -> list[str]:
     (0). Boxes stay as they are: the evaluation counts them as pycocotools does, the training targets clip them.
 
     Raises:
-        UserError: repeated image or category ids, a malformed box, an unknown category; names the id.
+        UserError: repeated image or category ids, a malformed image size or box, an unknown category, an `iscrowd`
+            that is neither 0 nor 1; names the id.
     """
     images = _by_id(data["images"], "image", "file_name", path)
+    for image in data["images"]:
+        size = image.get("width"), image.get("height")
+        if not all(value is None or _is_number(value) and value >= 0 for value in size):
+            raise UserError(f"{path}: image id {image['id']} has width and height {size}; write numbers of pixels")
     categories = _by_id(data["categories"], "category", "name", path)
     if not categories:
         raise UserError(f"{path}: the list `categories` is empty; name at least one category")
@@ -58,16 +66,17 @@ def mend_coco(data: dict, path: Path) -> list[str]:
     listed = []
     for annotation in data["annotations"]:
         number = annotation.get("id")
-        if annotation.get("image_id") not in images:
+        image_id = annotation.get("image_id")
+        if not _is_number(image_id) or image_id not in images:
             notes.add("of images that are not listed, dropped", number)
             continue
         _check_annotation(annotation, categories, path)
-        if "iscrowd" not in annotation:
+        if annotation.get("iscrowd") is None:
             notes.add("without iscrowd, taken as 0", number)
             annotation["iscrowd"] = 0
-        if annotation.get("area") is None:
+        if not _is_number(annotation.get("area")):
             notes.add("without area, computed from the mask or box", number)
-            annotation["area"] = _area(annotation, images[annotation["image_id"]])
+            annotation["area"] = _area(annotation, images[image_id])
         listed.append(annotation)
     data["annotations"] = listed
     seen: set = set()
@@ -120,24 +129,28 @@ def _by_id(entries: list[dict], kind: str, name: str, path: Path) -> dict[int, d
 def _check_annotation(annotation: dict, categories: dict[int, dict], path: Path) -> None:
     where = f"{path}: annotation id {annotation.get('id')}"
     category, box = annotation.get("category_id"), annotation.get("bbox")
-    if category not in categories:
+    if not _is_number(category) or category not in categories:
         known = ", ".join(str(i) for i in sorted(categories)[:12]) + (", ..." if len(categories) > 12 else "")
         raise UserError(f"{where} has category id {category}; the file knows {known}. Add the category or mend the id")
-    numbers = (
-        isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-    )
-    if not numbers:
+    if not (isinstance(box, list) and len(box) == 4 and all(_is_number(value) for value in box)):
         raise UserError(f"{where} has the bbox {box}; it must be four finite numbers [x, y, width, height] in pixels")
+    if annotation.get("iscrowd") not in (None, 0, 1):
+        raise UserError(f"{where} has iscrowd {annotation['iscrowd']!r}; it must be the number 0 or 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _area(annotation: dict, image: dict) -> float:
     """Return the area of the mask, or of the box where there is no mask, in square pixels."""
-    segmentation = annotation.get("segmentation")
-    if segmentation and "height" in image and "width" in image:
-        size = image["height"], image["width"]
-        if isinstance(segmentation, list):
-            segmentation = rle.merge(rle.frPyObjects(segmentation, *size))
-        elif isinstance(segmentation["counts"], list):
+    segmentation, size = annotation.get("segmentation"), (image.get("height"), image.get("width"))
+    if all(size) and isinstance(segmentation, list):
+        polygons = [part for part in segmentation if isinstance(part, list) and len(part) >= 6]  # three corners
+        if polygons:
+            return float(rle.area(rle.merge(rle.frPyObjects(polygons, *size))))
+    elif all(size) and isinstance(segmentation, dict) and "counts" in segmentation:
+        if isinstance(segmentation["counts"], list):
             segmentation = rle.frPyObjects(segmentation, *size)
         return float(rle.area(segmentation))
     return float(annotation["bbox"][2]) * float(annotation["bbox"][3])

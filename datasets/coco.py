@@ -76,11 +76,19 @@ class CocoDetection(DetectionDataset):
     def _missing(self, index: int) -> str:
         return f"image file {self._file(index)} (image id {self.image_ids[index]} of {self.path}) does not exist"
 
+    def _unreadable(self, index: int, error: Exception) -> UserError:
+        return UserError(
+            f"image file {self._file(index)} (image id {self.image_ids[index]}) cannot be read: {error}; "
+            "replace it or take it out of the annotation file"
+        )
+
     def _bytes(self, index: int) -> bytes:
         try:
             return self._file(index).read_bytes()
         except FileNotFoundError as error:
             raise UserError(f"{self._missing(index)}; restore it or take it out of the annotation file") from error
+        except OSError as error:
+            raise self._unreadable(index, error) from error
 
     def cache(self, indices: Iterable[int]) -> None:
         """Read these image files into memory, still encoded; forked workers share the pages."""
@@ -93,11 +101,8 @@ class CocoDetection(DetectionDataset):
         content = self._encoded.get(index) or self._bytes(index)
         try:
             image = Image.open(io.BytesIO(content)).convert("RGB")
-        except (OSError, SyntaxError) as error:  # PIL raises the latter for some broken PNG files
-            raise UserError(
-                f"image file {self._file(index)} (image id {self.image_ids[index]}) cannot be read: {error}; "
-                "replace it or take it out of the annotation file"
-            ) from error
+        except Exception as error:  # a decoder may raise anything over a broken file
+            raise self._unreadable(index, error) from error
         noted = tuple(self._sizes[index].tolist())
         if all(noted) and noted != (image.height, image.width):
             raise UserError(

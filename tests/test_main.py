@@ -82,8 +82,9 @@ def test_the_best_file_has_the_better_weights_and_evaluates(trained, tmp_path):
     better = epoch["ema"]["model"] if best["weights"] == "ema" else epoch["model"]
     assert all(torch.equal(value, better[name]) for name, value in content["model"].items())
     assert run(tmp_path, f"--eval --resume {trained}/checkpoint_best.pth") == 0
-    assert (tmp_path / "eval.pth").is_file()
-    assert not (tmp_path / "log.txt").exists()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"eval.pth", "eval_args.json"} <= names
+    assert not {"log.txt", "args.json"} & names  # the record of a training run in this folder stays
 
 
 def test_the_start_tells_device_data_and_the_difference_to_the_recipe(tmp_path, capsys):
@@ -228,6 +229,11 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_flag(trained, tmp_pat
         ("--init_from nowhere.pth", "nowhere.pth does not exist"),
         ("--device abacus", "--device abacus: use auto"),
         ("--num_classes 2", "--num_classes 2: these annotations need 6"),
+        ("--nheads 0", "--nheads 0: must be at least 1"),
+        ("--recipe_batch_size 0", "--recipe_batch_size 0: must be at least 1"),
+        ("--num_workers -1", "--num_workers -1: must be 0 or more"),
+        ("--clip_max_norm -1", "--clip_max_norm -1.0: must be 0 or more"),
+        ("--train_scales 480 0", "--train_scales [480, 0]: sides must be at least 1 pixel"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(tmp_path, capsys, more, message):

@@ -19,6 +19,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         "AssignDETR",
         description="Train and evaluate Deformable-DETR detectors; every way to teach them is a switch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # a misspelt flag is an error, never another flag
     )
     for add in (
         _add_run,
@@ -341,7 +342,13 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
     positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
     positive += "save_every eval_every max_nonfinite print_freq".split()
+    positive += "recipe_batch_size lr_drop max_size dist_timeout".split()
+    not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
+    not_negative += "lr lr_backbone weight_decay num_queries_one2many k_one2many".split()
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
+    rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
+    for n in ("train_scales", "crop_scales", "crop_range"):
+        rules.append((min(getattr(a, n)) < 1, f"--{n} {getattr(a, n)}: sides must be at least 1 pixel"))
     rules += [
         (
             a.two_stage and not a.with_box_refine,
@@ -353,10 +360,8 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
             "--look_forward_twice needs --with_box_refine: without refinement there is no new reference to look at",
         ),
         (levels < 1 or levels == 2, f"--num_feature_levels {levels}: use 1 (last map only), 3, 4 or more"),
-        (a.hidden_dim % a.nheads != 0, f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}"),
+        (a.nheads > 0 and a.hidden_dim % a.nheads != 0, f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}"),
         (a.hidden_dim % 32 != 0, f"--hidden_dim {a.hidden_dim}: must be a multiple of 32 (GroupNorm with 32 groups)"),
-        (a.num_queries_one2many < 0, f"--num_queries_one2many {a.num_queries_one2many}: must be 0 or more"),
-        (a.k_one2many < 0, f"--k_one2many {a.k_one2many}: must be 0 or more"),
         (
             a.set_cost_class == a.set_cost_bbox == a.set_cost_giou == 0,
             "--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: give at least one a weight",
@@ -371,15 +376,13 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (bool(a.train_images) != bool(a.train_json), "--train_images and --train_json belong together: give both"),
         (bool(a.val_images) != bool(a.val_json), "--val_images and --val_json belong together: give both"),
         (
-            bool(a.train_json) != bool(a.val_json) and not a.eval,
+            bool(a.train_json) != bool(a.val_json) and not a.eval and not (a.train_json and a.eval_in_training_set),
             "--train_json and --val_json belong together: training is evaluated after every epoch",
         ),
         (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
         (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
-        (a.lr_drop < 1, f"--lr_drop {a.lr_drop}: must be at least 1 epoch"),
-        (a.start_epoch < 0, f"--start_epoch {a.start_epoch}: epochs count from 0"),
         (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
     ]
     return rules

@@ -68,8 +68,8 @@ class Evaluation:
             keep=self.draw,
         )
         dist.info(evaluator.table())
-        average, *others = stats["coco_eval_bbox"]
-        dist.info(f"{prefix}AP {100 * average:.1f}  AP50 {100 * others[0]:.1f}  AP75 {100 * others[1]:.1f}")
+        shown = (f"{100 * n:.1f}" if n >= 0 else "-" for n in stats["coco_eval_bbox"])  # -1: there is no object
+        dist.info(f"{prefix}AP {next(shown)}  AP50 {next(shown)}  AP75 {next(shown)}")
         if self.output_dir is not None and dist.is_main():
             folder = self.output_dir / ("eval" if prefix == "test_" else "eval_ema")
             evaluator.save(folder)
