@@ -53,7 +53,10 @@ def run(args: Namespace) -> None:
     """Build everything, then train or evaluate."""
     device = dist.init_distributed_mode(args.device, args.local_rank, args.dist_timeout)
     output_dir = prepare_output_dir(args.output_dir)
-    ops.set_backend(args.ops_backend)
+    try:
+        ops.set_backend(args.ops_backend)
+    except ValueError as error:
+        raise UserError(f"--ops_backend {args.ops_backend}: {error}") from error
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     checkpoint, name = open_checkpoint(args, output_dir)
 
@@ -117,8 +120,8 @@ def open_checkpoint(args: Namespace, output_dir: Path | None) -> tuple[dict[str,
 
 def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Return detector, criterion and post-processor; without `download` a checkpoint will fill the backbone."""
-    if not download:
-        args.backbone_weights, args.pretrained_backbone_path = "none", ""
+    if not download and args.backbone_weights != "none":
+        args = Namespace(**{**vars(args), "backbone_weights": "checkpoint"})
     model, criterion, postprocessor = build_model(args)
     return model.to(device), criterion.to(device), postprocessor
 

@@ -38,7 +38,10 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> DetectionDataset:
         raise ValueError(f"image_set {image_set!r}: use train or val")
     dataset = BUILDERS[args.dataset_file](image_set, args, transforms=build_transforms(image_set, args))
     if len(dataset) == 0:
-        raise UserError(f"the {image_set} set has no images; check its annotation file and the flags of the data group")
+        raise UserError(
+            f"the {image_set} set has no images; look at `images` in its annotation file (--{image_set}_json or "
+            f"--coco_path), or at --synthetic_{image_set}"
+        )
     return dataset
 
 

@@ -39,7 +39,7 @@ def read_coco(path: Path, flag: str) -> dict:
             )
         odd = next((entry for entry in data[key] if not isinstance(entry, dict)), None)
         if odd is not None:
-            raise UserError(f"annotation file {path}: `{key}` has the entry {odd!r}; every entry must be an object {{}}")
+            raise UserError(f"annotation file {path}: `{key}` has the entry {odd!r}; write an object {{}}")
     return data
 
 
@@ -57,7 +57,7 @@ def mend_coco(data: dict, path: Path) -> list[str]:
     images = _by_id(data["images"], "image", "file_name", path)
     for image in data["images"]:
         size = image.get("width"), image.get("height")
-        if not all(value is None or _is_number(value) and value >= 0 for value in size):
+        if not all(value is None or (_is_number(value) and value >= 0) for value in size):
             raise UserError(f"{path}: image id {image['id']} has width and height {size}; write numbers of pixels")
     categories = _by_id(data["categories"], "category", "name", path)
     if not categories:

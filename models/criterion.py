@@ -103,7 +103,7 @@ class Criterion(nn.Module):
         for name, supervised in output.sets.items():
             count = supervised.predictions.layers
             for supervision in supervised.supervision:
-                layers = list(supervision.layers or range(count))
+                layers = list(range(count) if supervision.layers is None else supervision.layers)
                 if not self.aux_loss:
                     layers = [layer for layer in layers if layer == count - 1]
                 if layers:
@@ -182,6 +182,10 @@ def _average_counts(counts: list[float | Tensor], device: torch.device, *, over_
     """Return each count, at least 1, averaged over processes if `over_all`: one all-reduce for the whole step."""
     if not (over_all and dist.is_available() and dist.is_initialized()):
         return [c.clamp(min=1) if isinstance(c, Tensor) else max(c, 1.0) for c in counts]
-    vector = torch.stack([torch.as_tensor(c, dtype=torch.float32, device=device) for c in counts])
+    # The plain numbers travel in one copy that does not wait for the device.
+    vector = torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts]).to(device, non_blocking=True)
+    for i, count in enumerate(counts):
+        if isinstance(count, Tensor):
+            vector[i] = count.detach()
     dist.all_reduce(vector)
     return (vector / dist.get_world_size()).clamp(min=1)

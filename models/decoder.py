@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from models.encoder import xavier_matrices
 from models.groups.base import visibility
 from models.heads import Heads, shift_box
-from ops.module import MSDeformAttn
+from ops.module import MSDeformAttn, at_least_float32
 from util.structures import Memory, Predictions, QueryGroup
 
 
@@ -80,7 +80,7 @@ class DeformableDecoder(nn.Module):
         reference = torch.cat([g.reference for g in groups], 1)
         may_see = visibility(groups, x.device)
         blocked = None if may_see is None else ~may_see
-        hidden, logits, boxes = [], [], []
+        logits, boxes = [], []
         head_reference = reference  # what the head adds its offset to; differs from `reference` only in its gradient
         for i, layer in enumerate(self.layers):
             if self.use_checkpoint and self.training:
@@ -88,14 +88,13 @@ class DeformableDecoder(nn.Module):
             else:
                 x = layer(x, pos, reference, memory, blocked)
             delta = heads.bbox_embed[i](x)
-            hidden.append(x)
-            logits.append(heads.class_embed[i](x).float())
+            logits.append(at_least_float32(heads.class_embed[i](x)))
             boxes.append(shift_box(delta, head_reference))
             if self.refine:
                 refined = shift_box(delta, reference) if self.look_forward_twice else boxes[-1]
                 reference = refined.detach()
                 head_reference = refined if self.look_forward_twice else reference
-        stacked = Predictions(torch.stack(logits), torch.stack(boxes), torch.stack(hidden))
+        stacked = Predictions(torch.stack(logits), torch.stack(boxes))
         return _unpack(stacked, groups)
 
 
@@ -107,7 +106,6 @@ def _unpack(predictions: Predictions, groups: Sequence[QueryGroup]) -> dict[str,
         result[group.name] = Predictions(
             predictions.logits[:, :, slots],
             predictions.boxes[:, :, slots],
-            None if predictions.embeds is None else predictions.embeds[:, :, slots],
             group.padding,
         )
         start = slots.stop

@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from ops.module import at_least_float32
 from util.boxes import inverse_sigmoid
 
 
@@ -30,9 +31,9 @@ class MLP(nn.Module):
 def shift_box(delta: Tensor, reference: Tensor) -> Tensor:
     """Return boxes (..., 4) in (0, 1): the offset `delta` (..., 4) added to `reference` before the sigmoid.
 
-    A reference of 2 numbers (a point) shifts only the centre; one of 4 numbers (a box) all four. In float32.
+    A reference of 2 numbers (a point) shifts only the centre; one of 4 numbers (a box) all four. At least in float32.
     """
-    delta, anchor = delta.float(), inverse_sigmoid(reference.float())
+    delta, anchor = at_least_float32(delta), inverse_sigmoid(at_least_float32(reference))
     if anchor.shape[-1] == 2:
         delta = torch.cat([delta[..., :2] + anchor, delta[..., 2:]], -1)
     else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
+from ops.module import at_least_float32
 from util.boxes import cxcywh_to_xyxy, paired_giou
 from util.structures import Assignment, Predictions, TargetPairs
 
@@ -25,7 +26,7 @@ def focal_classification(
     The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, appendix A.3).
     Empty slots (`predictions.padding`) and `assignment.ignore` count nothing.
     """
-    logits = predictions.logits.float()
+    logits = at_least_float32(predictions.logits)
     target = torch.zeros_like(logits)
     where = (assignment.layer, assignment.image, assignment.slot, pairs.labels)
     target[where] = 1.0 if assignment.weight is None else assignment.weight.to(target.dtype)
@@ -39,7 +40,7 @@ def focal_classification(
 
 def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Assignment) -> dict[str, Tensor]:
     """Return `loss_bbox` and `loss_giou`, (L,) each: L1 of cxcywh and 1 - GIoU summed over the matched pairs."""
-    boxes = predictions.boxes[assignment.layer, assignment.image, assignment.slot].float()
+    boxes = at_least_float32(predictions.boxes[assignment.layer, assignment.image, assignment.slot])
     l1 = (boxes - pairs.boxes).abs().sum(-1)
     giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
     if assignment.weight is not None:
@@ -52,7 +53,7 @@ def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Ass
 
 def _per_layer(values: Tensor, predictions: Predictions, assignment: Assignment) -> Tensor:
     """Sum `values` (P,) by the layer of their pair; without any pair the graph to the boxes is kept, with value 0."""
-    start = predictions.boxes.new_zeros(predictions.layers, dtype=torch.float32)
+    start = values.new_zeros(predictions.layers)
     return start.index_add(0, assignment.layer, values)
 
 

@@ -17,6 +17,7 @@ from models.decoder import DeformableDecoder
 from models.encoder import DeformableEncoder, xavier_matrices
 from models.heads import Heads
 from models.position_encoding import sine_embed_boxes
+from ops.module import at_least_float32
 from util.structures import Memory, Predictions, Seeds
 
 
@@ -57,7 +58,7 @@ class LearnedQueryTransformer(DeformableTransformer):
     def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
         batch = len(memory.tokens)
         pos, content = table[:count].expand(batch, -1, -1).chunk(2, dim=-1)
-        reference = self.reference_points(pos).float().sigmoid()
+        reference = at_least_float32(self.reference_points(pos)).sigmoid()
         return Seeds(content, pos, reference)
 
 
@@ -98,8 +99,8 @@ class TwoStageTransformer(DeformableTransformer):
         prior, invalid = proposals.proposal_logits(memory.padding, memory.shapes)
         tokens = memory.tokens.masked_fill(invalid[..., None], 0.0)
         tokens = self.enc_output_norm(self.enc_output(tokens))
-        scores = heads.class_embed[-1](tokens).float()
-        box_logits = heads.bbox_embed[-1](tokens).float() + prior
+        scores = at_least_float32(heads.class_embed[-1](tokens))
+        box_logits = at_least_float32(heads.bbox_embed[-1](tokens)) + prior
         return Predictions(scores[None], box_logits.sigmoid()[None]), box_logits
 
     def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:

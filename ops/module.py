@@ -92,9 +92,9 @@ class MSDeformAttn(nn.Module):
         shape = (batch, queries, self.n_heads, self.n_levels, self.n_points)
         # A location rounded to bfloat16 is off by up to a third of a cell on a map 167 cells wide, so from here to
         # the operator everything is at least float32, also under autocast.
-        offsets = _at_least_float32(self.sampling_offsets(query)).view(*shape, 2)
-        weights = _at_least_float32(self.attention_weights(query)).view(*shape[:3], -1).softmax(-1).view(shape)
-        locations = self._locations(_at_least_float32(reference), offsets, level_shapes)
+        offsets = at_least_float32(self.sampling_offsets(query)).view(*shape, 2)
+        weights = at_least_float32(self.attention_weights(query)).view(*shape[:3], -1).softmax(-1).view(shape)
+        locations = self._locations(at_least_float32(reference), offsets, level_shapes)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights).to(value.dtype))
 
     def _locations(self, reference: Tensor, offsets: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
@@ -122,5 +122,6 @@ class MSDeformAttn(nn.Module):
             )
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Return half precision as float32, everything else as it is: a float64 model stays one."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

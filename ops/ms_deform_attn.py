@@ -26,7 +26,10 @@ torch.library.define(
 
 
 def ms_deform_attn(
-    value: Tensor, level_shapes: Sequence[tuple[int, int]] | Sequence[int], locations: Tensor, weights: Tensor
+    value: Tensor,
+    level_shapes: Sequence[tuple[int, int]] | Sequence[int] | Tensor,
+    locations: Tensor,
+    weights: Tensor,
 ) -> Tensor:
     """Sum bilinear samples of a feature pyramid: out = sum over levels and points of weight * value at location.
 
@@ -36,7 +39,8 @@ def ms_deform_attn(
 
     Args:
         value: (B, S, heads, D / heads), the levels one after the other, each row-major.
-        level_shapes: (h, w) of each level as Python integers, or flat h0, w0, h1, w1, ...
+        level_shapes: (h, w) of each level as Python integers, or flat h0, w0, h1, w1, ...; an integer tensor of shape
+            (levels, 2), as the published code passes it, if it is on the CPU.
         locations: (B, Q, heads, levels, points, 2) as (x, y); 0..1 covers a level from edge to edge. Cells outside the
             map count as zero, and so do samples that are not finite.
         weights: (B, Q, heads, levels, points).
@@ -122,10 +126,15 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _flatten(level_shapes: Sequence[tuple[int, int]] | Sequence[int]) -> list[int]:
+def _flatten(level_shapes: Sequence[tuple[int, int]] | Sequence[int] | Tensor) -> list[int]:
     """Return h0, w0, h1, w1, ... as a list."""
-    if isinstance(level_shapes, Tensor):
-        raise ValueError("level_shapes must be Python integers, found a tensor; reading one on a GPU would stall it")
+    if isinstance(level_shapes, Tensor) and level_shapes.device.type != "cpu":
+        raise ValueError(
+            f"level_shapes must be Python integers or a tensor on the CPU, found one on {level_shapes.device}; reading "
+            "it would stall the device in every layer"
+        )
+    if hasattr(level_shapes, "tolist"):  # a tensor, or an array of NumPy
+        level_shapes = level_shapes.tolist()
     flat = [n for entry in level_shapes for n in (entry if isinstance(entry, (tuple, list)) else (entry,))]
     if any(not isinstance(n, (int, torch.SymInt)) for n in flat):
         raise ValueError(f"level_shapes must be Python integers, found {level_shapes}")

@@ -92,6 +92,21 @@ def test_a_launch_without_a_master_is_refused(monkeypatch):
         dist.init_distributed_mode("cpu", None, 1)
 
 
+@pytest.mark.parametrize(("gpus", "local_rank", "local_size"), [(0, 3, 4), (2, 1, 2), (8, 3, 4)])
+def test_without_a_word_of_the_launcher_every_gpu_of_a_machine_has_a_process(monkeypatch, gpus, local_rank, local_size):
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is restored; the call sets it
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    dist.init_distributed_mode("cpu", None, 1)
+    monkeypatch.setattr(dist, "is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    assert (dist.local_rank(), dist.local_world_size()) == (local_rank, local_size)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_missing_gpu_is_told():
     with pytest.raises(UserError, match="--device cuda: PyTorch sees no GPU"):
@@ -187,6 +202,17 @@ def state_of(step: TrainStep) -> TrainState:
         class_names=["a"],
         category_ids=[1],
     )
+
+
+def _running_mean(rank: int, folder: str) -> None:
+    norm = torch.nn.BatchNorm2d(1)
+    norm.running_mean.fill_(rank + 5)
+    dist.broadcast_buffers(norm)
+    torch.save(norm.running_mean.item(), f"{folder}/{rank}.pth")
+
+
+def test_all_processes_evaluate_the_running_statistics_of_the_main_one(tmp_path):
+    assert in_two_processes(_running_mean, tmp_path) == [5, 5]
 
 
 def _accumulate(rank: int, folder: str) -> None:

@@ -228,6 +228,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_flag(trained, tmp_pat
         ("--freeze nothing_of_this_name", "--freeze nothing_of_this_name: no parameter begins with it"),
         ("--init_from nowhere.pth", "nowhere.pth does not exist"),
         ("--device abacus", "--device abacus: use auto"),
+        ("--device meta", "--device meta: use auto"),
+        ("--focal_alpha 3", "--focal_alpha 3.0: must be in [0, 1]"),
         ("--num_classes 2", "--num_classes 2: these annotations need 6"),
         ("--nheads 0", "--nheads 0: must be at least 1"),
         ("--recipe_batch_size 0", "--recipe_batch_size 0: must be at least 1"),
@@ -238,6 +240,11 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_flag(trained, tmp_pat
 )
 def test_mistakes_are_told_without_a_traceback(tmp_path, capsys, more, message):
     assert message in refusal(capsys, tmp_path, more)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_an_operator_backend_that_is_not_here_is_refused(tmp_path, capsys):
+    assert "--ops_backend cuda: " in refusal(capsys, tmp_path, "--ops_backend cuda")
 
 
 def test_resume_auto_needs_an_output_folder(capsys):
@@ -264,7 +271,7 @@ def test_a_resumed_run_never_downloads_backbone_weights(trained, tmp_path, monke
     build = main.build_model
     monkeypatch.setattr(main, "build_model", lambda args: seen.append(args.backbone_weights) or build(args))
     assert run(tmp_path, f"--backbone_weights default --resume {trained}/checkpoint.pth --use_ema") == 0
-    assert seen == ["none"]
+    assert seen == ["checkpoint"]
 
 
 def test_the_parser_of_main_is_the_parser_of_the_project():

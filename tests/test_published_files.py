@@ -57,7 +57,13 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_published_file_evaluates_with_its_preset(name: str, coco_folder: Path, tmp_path: Path) -> None:
     meta = json.loads((CASES / f"{name}.json").read_text())
     state = case.checkpoint(meta)
-    published = {"model": state, "optimizer": {}, "lr_scheduler": {}, "epoch": 49, "args": Namespace(lr=2e-4, eval=False)}
+    published = {
+        "model": state,
+        "optimizer": {},
+        "lr_scheduler": {},
+        "epoch": 49,
+        "args": Namespace(lr=2e-4, eval=False),
+    }
     torch.save(published, tmp_path / "published.pth")
     more = ["--num_queries", str(meta["flags"].get("num_queries_one2one", meta["flags"].get("num_queries", 300)))]
     more += ["--coco_path", str(coco_folder), "--test_size", "96", "--device", "cpu", "--num_workers", "0"]

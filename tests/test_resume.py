@@ -149,7 +149,8 @@ def test_a_published_file_continues_with_the_rates_of_the_command_line(uninterru
 
 
 def test_a_file_with_weights_only_starts_at_the_given_epoch(uninterrupted, tmp_path, capsys):
-    write_atomically({"model": read_checkpoint(uninterrupted / "checkpoint.pth")["model"]}, tmp_path / "weights.pth")
+    weights = read_checkpoint(uninterrupted / "checkpoint.pth")["model"]
+    write_atomically({"model": weights, "optimizer": {}, "lr_scheduler": None, "epoch": 49}, tmp_path / "weights.pth")
     assert run(tmp_path, f"--resume {tmp_path}/weights.pth --start_epoch 1") == 0
     assert "weights only: training starts at epoch 1" in capsys.readouterr().out
     assert [json.loads(line)["epoch"] for line in (tmp_path / "log.txt").read_text().splitlines()] == [1]

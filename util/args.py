@@ -333,7 +333,7 @@ def check_args(args: argparse.Namespace) -> None:
     """
     wrong = [message for broken, message in _rules(args) if broken]
     if wrong:
-        raise UserError("these flags do not go together:\n  " + "\n  ".join(wrong))
+        raise UserError("this command line cannot work:\n  " + "\n  ".join(wrong))
 
 
 def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
@@ -344,7 +344,8 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     positive += "save_every eval_every max_nonfinite print_freq".split()
     positive += "recipe_batch_size lr_drop max_size dist_timeout".split()
     not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
-    not_negative += "lr lr_backbone weight_decay num_queries_one2many k_one2many".split()
+    not_negative += "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many".split()
+    not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef".split()
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
     rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
     for n in ("train_scales", "crop_scales", "crop_range"):
@@ -360,7 +361,10 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
             "--look_forward_twice needs --with_box_refine: without refinement there is no new reference to look at",
         ),
         (levels < 1 or levels == 2, f"--num_feature_levels {levels}: use 1 (last map only), 3, 4 or more"),
-        (a.nheads > 0 and a.hidden_dim % a.nheads != 0, f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}"),
+        (
+            a.nheads > 0 and a.hidden_dim % a.nheads != 0,
+            f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}",
+        ),
         (a.hidden_dim % 32 != 0, f"--hidden_dim {a.hidden_dim}: must be a multiple of 32 (GroupNorm with 32 groups)"),
         (
             a.set_cost_class == a.set_cost_bbox == a.set_cost_giou == 0,
@@ -381,6 +385,9 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
         (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
+        (not 0 <= a.drop_path_rate < 1, f"--drop_path_rate {a.drop_path_rate}: must be in [0, 1)"),
+        (not 0 <= a.focal_alpha <= 1, f"--focal_alpha {a.focal_alpha}: must be in [0, 1]"),
+        (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
         (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),

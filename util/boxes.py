@@ -12,11 +12,6 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
-def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Return (..., 4) corner boxes as (..., 4) centre boxes, in the same unit."""
-    return box_convert(boxes, "xyxy", "cxcywh")
-
-
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """Return the IoU of all pairs, (N, M), of corner boxes (N, 4) and (M, 4)."""
     return box_iou(a, b)

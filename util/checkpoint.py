@@ -103,7 +103,9 @@ def write_atomically(content: Mapping[str, Any], path: Path) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}. The previous file, if there was one, is untouched") from error
+        raise UserError(
+            f"cannot write {path}: {error}. Is the disk full? The previous file, if there was one, is untouched"
+        ) from error
 
 
 def remove_stale(folder: Path) -> list[str]:
@@ -202,12 +204,19 @@ def init_from(
     content = read_checkpoint(path)
     state = native_weights(content, path)
     if not copy_class_rows:
-        return load_weights(model, state, strict=False), []
+        report = load_weights(model, state, strict=False)
+        report.advice = [line for line in report.advice if "--init_from" not in line]  # that is for --resume
+        return report, []
     theirs = content.get("class_names") or _published_names(state)
     if theirs is None:
         raise UserError(f"--init_class_rows: {path} does not say its class names and does not have COCO's 91 classes")
     heads = {name: value for name, value in state.items() if _is_class_head(name)}
     report = load_weights(model, {n: v for n, v in state.items() if n not in heads}, strict=False)
+    own = model.state_dict()
+    report.missing = [n for n in report.missing if n not in heads]
+    for name, value in heads.items():
+        if name in own and own[name].shape[1:] != value.shape[1:]:  # another width: no row fits
+            report.reshaped[name] = tuple(value.shape), tuple(own[name].shape)
     return report, _copy_rows(model, heads, theirs, class_names)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from util.errors import UserError
 
@@ -84,7 +84,7 @@ def init_distributed_mode(device: str, local_rank_flag: int | None, timeout_minu
         return _pick_device(device, None)
     local = launch.local_rank
     if local is None:
-        local = launch.rank % max(torch.cuda.device_count(), 1)
+        local = launch.rank % (torch.cuda.device_count() or launch.world_size)
     chosen = _pick_device(device, local)
     for name, value in launch.master.items():
         os.environ.setdefault(name, value)
@@ -113,6 +113,8 @@ def _pick_device(name: str, local_rank: int | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: use auto, cuda, cuda:N, cpu or mps") from error
+    if device.type not in ("cuda", "cpu", "mps"):
+        raise UserError(f"--device {name}: use auto, cuda, cuda:N, cpu or mps")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: this machine has none; use --device cpu")
     if device.type != "cuda":
@@ -159,7 +161,7 @@ def local_world_size() -> int:
     for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
         if name in os.environ:
             return int(re.match(r"\d+", os.environ[name]).group())  # SLURM writes 4(x2) for two machines with four
-    return world_size()
+    return min(world_size(), torch.cuda.device_count() or world_size())
 
 
 def local_rank() -> int:
@@ -196,6 +198,13 @@ def all_true(flag: Tensor) -> bool:
         flag = flag.to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give every process the buffers of the main one: running statistics of trained norms are of its own images."""
+    if is_distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -55,6 +55,7 @@ class Evaluation:
 
     def _one(self, model: nn.Module, prefix: str, epoch: int, arrays: list[str]) -> dict[str, Any]:
         dataset = self.loader.dataset
+        dist.broadcast_buffers(model)  # what a checkpoint holds is what is evaluated
         evaluator = CocoEvaluator(dataset, topk=self.topk, implementation=self.evaluator)
         stats, first = evaluate(
             model,

@@ -91,7 +91,6 @@ class Predictions:
 
     logits: Tensor  # (L, B, N, C)
     boxes: Tensor  # (L, B, N, 4) cxcywh in [0, 1]
-    embeds: Tensor | None = None  # (L, B, N, D) decoder states, for learned matchers and tracking
     padding: Tensor | None = None  # (B, N) True = empty slot, neither positive nor negative
 
     @property
@@ -102,9 +101,11 @@ class Predictions:
         """Return the predictions of the decoder layers `layers` only."""
         if list(layers) == list(range(self.layers)):
             return self
-        index = list(layers)
-        embeds = None if self.embeds is None else self.embeds[index]
-        return Predictions(self.logits[index], self.boxes[index], embeds, self.padding)
+
+        def pick(values: Tensor) -> Tensor:
+            return torch.stack([values[i] for i in layers])  # indexing with a list would wait for the device
+
+        return Predictions(pick(self.logits), pick(self.boxes), self.padding)
 
 
 @dataclass

@@ -130,7 +130,9 @@ class TrainState:
             self._resume_ema(content, name)
         if "criterion" in content:
             self.criterion.load_state_dict(content["criterion"])
-        if not all(part in content for part in ("optimizer", "lr_scheduler", "epoch")):
+        # Files made smaller for publication may keep the names of the parts they lost.
+        parts = (("optimizer", "param_groups"), ("lr_scheduler", "last_epoch"))
+        if "epoch" not in content or not all(key in (content.get(part) or ()) for part, key in parts):
             dist.info(f"{name} holds weights only: training starts at epoch {start_epoch} with a fresh optimiser")
             self.start_at(start_epoch)
             return

@@ -90,7 +90,7 @@ def _build_swin(args: Namespace) -> SwinBackbone:
 
 
 def _weights(args: Namespace) -> str:
-    """Return default, none, or a path: `--backbone_weights`, where not given `--pretrained_backbone_path`."""
+    """Return `--backbone_weights`; where it is not given `--pretrained_backbone_path`, if that is."""
     if args.backbone_weights == "default" and args.pretrained_backbone_path:
         return args.pretrained_backbone_path
     return args.backbone_weights

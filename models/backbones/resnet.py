@@ -45,8 +45,8 @@ class ResNetBackbone(nn.Module):
         frozen_norm: `FrozenBatchNorm2d`; otherwise ordinary batch norm, to train from scratch or with large batches.
         dilation: the last stage keeps stride 16 and dilates its convolutions (DC5); not for ResNet-18 and -34.
         stages: the stages (1 to 4, ascending) whose maps are returned; later ones are not built.
-        weights: "default" (ImageNet, torchvision's IMAGENET1K_V1, downloaded if need be), "none" (random), or a file
-            with torchvision's names.
+        weights: "default" (ImageNet, torchvision's IMAGENET1K_V1, downloaded if need be), "none" (random), a file with
+            torchvision's names, or "checkpoint" (random now, frozen like "default": a checkpoint will fill it).
 
     Attributes:
         body: the torchvision module, so that parameters are called `body.conv1.weight`, `body.layer1.0...`.
@@ -78,7 +78,7 @@ class ResNetBackbone(nn.Module):
         )
         widest = body.fc.in_features
         del body.avgpool, body.fc
-        if weights != "none":
+        if weights not in ("none", "checkpoint"):
             _load_weights(body, name, weights)
         for stage in range(max(stages) + 1, STAGE_COUNT + 1):
             delattr(body, f"layer{stage}")

@@ -235,7 +235,8 @@ class SwinBackbone(nn.Module):
         name: a key of `SWINS`.
         train_backbone: False freezes everything and switches stochastic depth off.
         stages: the stages (0 to 3, ascending) whose maps are returned.
-        weights: "none" (random) or a file of ImageNet weights in the official naming, see `load_swin_weights`.
+        weights: "none" (random), a file of ImageNet weights in the official naming, see `load_swin_weights`, or
+            "checkpoint" (random now: a checkpoint will fill it).
         drop_path_rate, use_checkpoint: see `SwinTransformer`.
 
     Attributes:
@@ -268,7 +269,7 @@ class SwinBackbone(nn.Module):
         )
         self.strides = tuple(PATCH * 2**stage for stage in stages)
         self.channels = tuple(size.embed_dim * 2**stage for stage in stages)
-        if weights != "none":
+        if weights not in ("none", "checkpoint"):
             load_swin_weights(self.body, weights)
         self.requires_grad_(train_backbone)
 

@@ -3,6 +3,7 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,6 +188,14 @@ def test_flat_level_shapes_mean_the_same_as_pairs(device):
     torch.testing.assert_close(ops.ms_deform_attn(value, flat, locations, weights), pairs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_level_shapes_may_be_an_integer_tensor_or_array_on_the_cpu(device, kind):
+    value, shapes, locations, weights, _ = draw("width 9, three images")
+    value, locations, weights = (t.to(device) for t in (value, locations, weights))
+    pairs = ops.ms_deform_attn(value, shapes, locations, weights)
+    torch.testing.assert_close(ops.ms_deform_attn(value, kind(shapes), locations, weights), pairs, rtol=0, atol=0)
+
+
 def test_gradients_pass_gradcheck(device):
     value, shapes, locations, weights, _ = draw((2, 3, 2, 3, ((4, 3), (1, 2)), 2), outside=0.2, seed=3)
     inputs = [t.to(device).requires_grad_() for t in (value, locations, weights)]
@@ -300,7 +309,11 @@ WRONG = {
     "a level without cells": ({"shapes": [(2, 3), (0, 1)]}, r"positive integers, found \[2, 3, 0, 1\]"),
     "an odd count of numbers": ({"shapes": [2, 3, 1]}, r"pairs \(h, w\)"),
     "no levels": ({"shapes": []}, r"1 to 128 pairs"),
-    "a tensor of shapes": ({"shapes": torch.tensor([[2, 3], [1, 1]])}, r"found a tensor"),
+    "a tensor of shapes off the CPU": (
+        {"shapes": torch.zeros(2, 2, dtype=torch.int64, device="meta")},
+        r"a tensor on the CPU, found one on meta",
+    ),
+    "a tensor of fractional shapes": ({"shapes": torch.tensor([[2.0, 3.0], [1.0, 1.0]])}, r"Python integers, found"),
     "fractional shapes": ({"shapes": [(2.0, 3.0), (1, 1)]}, r"Python integers, found \[\(2.0, 3.0\)"),
     "weights of another level count": (
         {"weights": torch.zeros(2, 3, 2, 3, 1)},

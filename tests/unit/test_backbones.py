@@ -190,6 +190,13 @@ def test_from_scratch_with_trainable_norm_everything_is_trained():
     assert backbone.body.bn1.running_mean.abs().sum() > 0
 
 
+def test_what_is_trained_does_not_change_when_a_checkpoint_takes_the_place_of_weights(tmp_path, imagenet_state):
+    torch.save(imagenet_state, tmp_path / "weights.pth")
+    started = small(frozen_norm=False, weights=tmp_path / "weights.pth")
+    resumed = small(frozen_norm=False, weights="checkpoint")
+    assert trainable(resumed) == trainable(started) != trainable(small(frozen_norm=False))
+
+
 def test_trainable_norms_of_frozen_stages_stay_in_evaluation_mode(tmp_path, imagenet_state):
     torch.save(imagenet_state, tmp_path / "r18.pth")
     backbone = small(frozen_norm=False, weights=str(tmp_path / "r18.pth"))

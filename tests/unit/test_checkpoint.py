@@ -220,7 +220,20 @@ def test_class_rows_are_copied_by_name(tmp_path):
     rows = state["class_embed.0.weight"]
     assert copied == ["bird", "cat"]
     assert torch.equal(model.class_embed[0].weight, torch.stack([before[0], rows[2], rows[0], before[3]]))
-    assert not report.reshaped
+    assert report.fits
+
+
+def test_class_rows_of_another_width_are_listed(tmp_path):
+    path, _ = saved(tmp_path, tiny_model("--num_classes 3"), class_names=["cat", "dog", "bird"])
+    report, _ = init_from(tiny_model("--num_classes 3 --hidden_dim 64"), path, ["cat"] * 3, copy_class_rows=True)
+    (theirs, ours) = report.reshaped["class_embed.0.weight"]
+    assert (theirs[0], ours) == (3, (3, 64)) and theirs != ours
+
+
+def test_starting_with_other_classes_is_not_advised_to_do_what_it_does(tmp_path):
+    path, _ = saved(tmp_path, tiny_model("--num_classes 3"))
+    report, _ = init_from(tiny_model("--num_classes 2"), path, ["cat", "dog"])
+    assert "class_embed.0.weight" in report.reshaped and not report.advice
 
 
 def test_the_object_row_of_the_encoder_head_is_copied_as_it_is(tmp_path):

@@ -220,7 +220,7 @@ def test_an_error_in_a_worker_still_names_the_image(tmp_path):
     dataset = read(tmp_path, content([]))
     (tmp_path / "2.png").unlink()
     loader = build_train_loader(dataset, batch_size=2, num_workers=1, seed=0)
-    with pytest.raises(UserError, match="^image file .*image id 2.*does not exist; restore it") as error:
+    with pytest.raises(UserError, match=r"^image file .*image id 2.*does not exist; restore it") as error:
         next(iter(loader))
     assert "Traceback" not in str(error.value)
 

@@ -88,6 +88,14 @@ def test_layers_outside_a_supervision_are_not_taught_by_it() -> None:
     assert {k for k in report.terms if k.startswith("loss_ce")} == {"loss_ce", "loss_ce_0", "loss_ce_1", "loss_ce_2"}
 
 
+def test_a_supervision_of_no_layer_teaches_nothing() -> None:
+    logits = torch.randn(2, 1, 6, 3, requires_grad=True)
+    report = criterion()(one_set(logits, torch.rand(2, 1, 6, 4), layers=range(0)), [make_target([[0.5] * 4], [0])])
+    assert not report.terms and not report.weights
+    report.total.backward()
+    assert (logits.grad == 0).all()
+
+
 def test_one_to_many_with_one_repeat_is_one_to_one() -> None:
     logits, boxes = torch.randn(2, 1, 6, 3), torch.rand(2, 1, 6, 4)
     target = make_target([[0.5, 0.5, 0.2, 0.2], [0.2, 0.3, 0.1, 0.1]], [0, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -264,6 +265,20 @@ def test_bfloat16_autocast_trains_with_boxes_and_losses_in_float32() -> None:
         report = criterion(output, targets)
     assert output.pred_boxes.dtype == output.pred_logits.dtype == torch.float32
     report.total.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("flags", ["", "--with_box_refine --look_forward_twice", f"{TWO_STAGE} --mixed_selection"])
+def test_a_float64_model_computes_and_trains_in_float64(flags: str) -> None:
+    model, criterion, _ = build_model(tiny_args(flags))
+    single = model(tiny_images())
+    images = tiny_images()
+    output = model.double()(replace(images, pixels=images.pixels.double()))
+    assert output.pred_boxes.dtype == output.pred_logits.dtype == torch.float64
+    assert (output.pred_logits - single.pred_logits).abs().max() < 1e-4
+    total = criterion(output, tiny_targets()).total
+    assert total.dtype == torch.float64
+    total.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import torch
 
@@ -28,18 +30,22 @@ def run_box_ops(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     assert_close(
         "inverse sigmoid", inverse_sigmoid(tensors["inverse_sigmoid_in"]), arrays["inverse_sigmoid_out"], tolerance
     )
-    _focal(tensors, arrays, tolerance)
+    _focal(meta["about"], tensors, arrays, tolerance)
 
 
-def _focal(tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray], tolerance: float) -> None:
+def _focal(about: str, tensors: dict[str, torch.Tensor], arrays: dict[str, np.ndarray], tolerance: float) -> None:
+    settings = {"alpha": 0.25, "gamma": 2.0, "num_boxes": 3.0}
+    settings |= {name: float(n) for name, n in re.findall(r"\b(alpha|gamma|num_boxes)\W+(\d+(?:\.\d+)?)", about)}
+    num_boxes = settings.pop("num_boxes")
     logits = tensors["focal.logits"].clone().requires_grad_()
     image, slot, label = tensors["focal.targets"].nonzero(as_tuple=True)
     zeros = torch.zeros_like(image)
     predictions = Predictions(logits[None], torch.zeros(1, *logits.shape[:2], 4))
     pairs = TargetPairs(label, torch.zeros(len(label), 4))
-    loss = focal_classification(predictions, pairs, Assignment(zeros, image, slot, zeros))["loss_ce"][0]
-    # The stored loss is a mean over queries, a sum over the rest, divided by num_boxes = 3; ours is the sum.
-    loss = loss / logits.shape[1] / 3
+    assignment = Assignment(zeros, image, slot, zeros)
+    loss = focal_classification(predictions, pairs, assignment, **settings)["loss_ce"][0]
+    # The stored loss is a mean over queries, a sum over the rest, divided by num_boxes; ours is the sum.
+    loss = loss / logits.shape[1] / num_boxes
     assert_close("focal loss", loss, arrays["focal.loss"], tolerance)
     loss.backward()
     assert_close("gradient of the focal loss", logits.grad, arrays["focal.grad"], tolerance)

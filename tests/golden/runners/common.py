@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,19 +17,32 @@ from util.structures import Target
 FAMILY_DEFAULTS = {"Deformable-DETR": {}, "H-Deformable-DETR": {"dim_feedforward": 2048}}
 
 
+# Published flags without an effect on a detector: segmentation, logging, and options that were never read.
+WITHOUT_EFFECT = {"masks", "mask_loss_coef", "dice_loss_coef", "use_wandb", "remove_difficult"}
+
+
 def parse_flags(flags: dict, family: str = "Deformable-DETR", **more) -> Namespace:
     """Return the arguments that the command line `flags` would give, without any download of weights."""
-    argv = []
-    for name, value in {**FAMILY_DEFAULTS[family], "backbone_weights": "none", **flags, **more}.items():
-        if value is True:
-            argv.append(f"--{name}")
-        elif value is False:
-            argv.append(f"--no-{name}")
-        elif isinstance(value, (list, tuple)):
-            argv += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            argv += [f"--{name}", str(value)]
-    return get_args_parser().parse_args(argv)
+    parser, argv = get_args_parser(), []
+    for name, value in {**FAMILY_DEFAULTS[family], **flags, "backbone_weights": "none", **more}.items():
+        argv += _words(parser, name, value)
+    return parser.parse_args(argv)
+
+
+def _words(parser: ArgumentParser, name: str, value: object) -> list[str]:
+    """Return the words of the command line that give the flag `name` its value; unknown flags make parsing fail."""
+    if value is None or (name in WITHOUT_EFFECT and value is not True):
+        return []
+    if isinstance(value, (list, tuple)):
+        return [f"--{name}", *map(str, value)]
+    if not isinstance(value, bool):
+        return [f"--{name}", str(value)]
+    options = parser._option_string_actions  # there is no public way to ask which switches have a --no- form
+    if f"--{name}" not in options:  # the name of a setting whose switch says the opposite: aux_loss, no_aux_loss
+        return [] if parser.get_default(name) is value else [f"--no_{name}"]
+    if value:
+        return [f"--{name}"]
+    return [f"--no-{name}"] if f"--no-{name}" in options else []  # a plain switch is off where it is not given
 
 
 def make_target(labels: np.ndarray, boxes: np.ndarray, orig_size: Sequence[int] = (1, 1), image_id: int = 0) -> Target:
@@ -63,3 +76,15 @@ def assert_relative(name: str, ours: Tensor | float, stored: np.ndarray | float,
     stored = float(stored)
     found = abs(ours - stored)
     assert found <= tolerance * abs(stored) + 1e-6, f"{name}: {ours:.8g}, stored {stored:.8g}, allowed {tolerance:.1g}"
+
+
+def assert_tied(name: str, cost: np.ndarray, ours: Sequence[np.ndarray], stored: np.ndarray) -> None:
+    """Assert that two different matchings (2, P) of one image are equally good under `cost` (queries, targets).
+
+    Targets count modulo the columns of `cost`: a repeated target has several numbers in the one-to-many branch.
+    """
+    sums = []
+    for slots, matched in (ours, stored):
+        assert len(slots) == len(ours[0]), f"{name}: {len(ours[0])} pairs, stored {len(slots)}"
+        sums.append(cost[slots, np.asarray(matched) % max(cost.shape[1], 1)].astype(np.float64).sum())
+    assert abs(sums[0] - sums[1]) < 1e-5, f"{name}: other pairs, at cost {sums[0]:.6f} instead of {sums[1]:.6f}"

@@ -57,6 +57,8 @@ def _initial(name: str, value: torch.Tensor, want: dict) -> None:
         normal = bound > 2 * want["std"]  # a uniform draw ends at sqrt(3) standard deviations
         assert value.abs().max() < bound * (1.6 if normal else 1.05), f"{name}: range {value.min()} .. {value.max()}"
         assert value.abs().max() > bound * (0.5 if normal else 0.85), f"{name}: range {value.min()} .. {value.max()}"
+        shift = abs(value.min().item() + value.max().item() - want["min"] - want["max"]) / 2
+        assert shift < 0.2 * (want["max"] - want["min"]), f"{name}: range {value.min()} .. {value.max()}"
 
 
 def _exact(name: str, value: torch.Tensor, want: str | list) -> None:

@@ -51,6 +51,6 @@ def _stack(leaves: dict[str, torch.Tensor], kind: str) -> Predictions:
 def _names(leaves: dict[str, torch.Tensor], kind: str) -> tuple[str, list[str]]:
     prefixes = [key[: -len("pred_logits")] for key in leaves if key.endswith("pred_logits")]
     mine = [p for p in prefixes if ("many" in p) == (kind == "many") and not p.startswith("enc.")]
-    aux = sorted(p for p in mine if "aux" in p)
+    aux = sorted((p for p in mine if "aux" in p), key=lambda p: (len(p), p))  # aux2 before aux10
     (last,) = [p for p in mine if "aux" not in p]
     return last, aux

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from pathlib import Path
 
@@ -21,17 +22,24 @@ def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     for w, h, size, max_size, new_w, new_h in meta["resize_table"]["rows"]:
         assert resized_hw(h, w, size, max_size) == (new_h, new_w), f"{w} x {h} to {size}, at most {max_size}"
     height, width = arrays["input/size"].tolist()
-    sizes = {"resize": resized_hw(height, width, 64), "resize_capped": resized_hw(height, width, 64, 80)}
+    numbers = {key: _integers(text) for key, text in meta["operations"].items() if isinstance(text, str)}
+    sizes = {key: resized_hw(height, width, *numbers[key]) for key in ("resize", "resize_capped")}
     tolerance = meta["tolerances"]["boxes"]
     _same(hflip(*_input(arrays)), arrays, "hflip", tolerance, grey_levels=0)
-    _same(crop(*_input(arrays), top=4, left=12, height=20, width=30), arrays, "crop", tolerance, grey_levels=0)
+    window = dict(zip(("top", "left", "height", "width"), numbers["crop"], strict=True))
+    _same(crop(*_input(arrays), **window), arrays, "crop", tolerance, grey_levels=0)
     for name, hw in sizes.items():
         _same(resize(*_input(arrays), hw), arrays, name, tolerance, grey_levels=1)
     _check_normalize(meta, arrays)
-    batch = pad_images([torch.ones(3, 4, 6), torch.ones(3, 5, 3)])
+    batch = pad_images([torch.ones(3, h, w) for h, w in zip(numbers["batch"][::2], numbers["batch"][1::2])])
     assert np.array_equal(batch.padding.numpy(), arrays["batch/mask"])
     assert float(batch.pixels.sum()) == float(arrays["batch/sum"])
     _check_conversion(meta, arrays)
+
+
+def _integers(text: str) -> list[int]:
+    """Return the numbers in the description of an operation: "top 4, left 12" gives [4, 12]."""
+    return [int(number) for number in re.findall(r"\d+", text)]
 
 
 def _input(arrays: dict[str, np.ndarray]) -> tuple[Image.Image, dict]:
@@ -71,12 +79,14 @@ def _check_normalize(meta: dict, arrays: dict[str, np.ndarray]) -> None:
 
 def _check_conversion(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     """Write picture and annotations to disk and read them as a data set whose labels are the raw category ids."""
+    (image_id,) = arrays["convert/image_id"].tolist()
     annotations = [
-        {"id": i, "image_id": 42, **a} for i, a in enumerate(meta["operations"]["convert"]["annotations"], start=1)
+        {"id": i, "image_id": image_id, **a}
+        for i, a in enumerate(meta["operations"]["convert"]["annotations"], start=1)
     ]
     height, width = arrays["convert/orig_size"].tolist()
     content = {
-        "images": [{"id": 42, "file_name": "picture.png", "height": height, "width": width}],
+        "images": [{"id": image_id, "file_name": "picture.png", "height": height, "width": width}],
         "categories": [{"id": i, "name": str(i)} for i in sorted({a["category_id"] for a in annotations})],
         "annotations": annotations,
     }
@@ -87,5 +97,5 @@ def _check_conversion(meta: dict, arrays: dict[str, np.ndarray]) -> None:
         dataset = CocoDetection(folder, Path(folder) / "instances.json", transforms=transforms, category_ids="raw")
         image, sample = dataset.load(0)
     assert (image.height, image.width) == tuple(arrays["convert/size"].tolist())
-    assert [sample["image_id"]] == arrays["convert/image_id"].tolist()
+    assert sample["image_id"] == image_id
     _same_objects(sample, arrays, "convert", meta["tolerances"]["boxes"])

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model, proposals
+from models.assign import HungarianMatcher, Request
 from models.criterion import Criterion
 from models.detector import Detector
 from models.postprocess import PostProcessor
 from tests.golden import case
-from tests.golden.runners.common import assert_close, assert_relative, make_target, parse_flags
+from tests.golden.runners.common import assert_close, assert_relative, assert_tied, make_target, parse_flags
 from util.checkpoint import load_weights
 from util.structures import Assignment, DetectorOutput, ImageBatch, QueryGroup, Target
 
 
 def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
-    flags = {**meta["flags"], "drop_path_rate": 0.0}
+    flags = {**meta["flags"], "dropout": 0.0, "drop_path_rate": 0.0}  # 0 in all cases, named in the flags or not
     args = parse_flags(flags, meta["model"], num_classes=meta["num_classes"])
     model, criterion, postprocessor = build_model(args)
     load_weights(model, case.checkpoint(meta))
@@ -89,7 +90,7 @@ class _Mode:
         if not self.has("enc.topk_indices"):
             yield
             return
-        indices = torch.from_numpy(self.stored("enc.topk_indices"))
+        indices = torch.from_numpy(self.stored("enc.topk_indices")).long()
         tolerance = self.meta["tolerances"]["absolute"][self.prefix + "enc.topk_values"]
         original = proposals.select_top
 
@@ -156,6 +157,8 @@ class _Mode:
             step = max(1, many.logits.shape[2] // 30)
             for i in range(many.layers):
                 name = "out.one2many" if i == last else f"out.one2many.aux{i}"
+                if i < last and not self.has(f"{name}.pred_logits"):  # with no_aux_loss
+                    continue
                 boxes = many.boxes[i] if i == last else many.boxes[i][:, ::step]
                 self.close(f"{name}.pred_logits", many.logits[i][:, ::step], "out.pred_logits")
                 self.close(f"{name}.pred_boxes", boxes, "out.pred_boxes")
@@ -165,7 +168,7 @@ class _Mode:
     ) -> None:
         with _watch_matching(criterion) as matched:
             report = criterion(output, targets)
-        self.check_matching(matched, targets)
+        self.check_matching(matched, targets, criterion.assigners["hungarian"])
         tolerance = self.meta["tolerances"]["loss_relative"]
         assert set(report.terms) == set(self.mode["loss_keys"]), "other entries than the published log has"
         for key in self.mode["loss_keys"]:
@@ -205,15 +208,21 @@ class _Mode:
             norm = 0.0 if gradient is None else gradient.norm()
             assert_relative(f"{self.prefix}{key} {name}", norm, want, tolerance)
 
-    def check_matching(self, matched: dict[str, Assignment], targets: list[Target]) -> None:
-        for name, assignment in matched.items():
+    def check_matching(
+        self, matched: dict[str, tuple[Request, Assignment]], targets: list[Target], matcher: HungarianMatcher
+    ) -> None:
+        """Compare the pairs of every set; where they differ, the costs must be equal (a tie)."""
+        for name, (request, assignment) in matched.items():
             layers = int(assignment.layer.max()) + 1 if len(assignment) else 0
             for layer in range(layers):
                 for image, target in enumerate(targets):
                     here = (assignment.layer == layer) & (assignment.image == image)
                     ours = assignment.slot[here].numpy(), assignment.target[here].numpy()
                     key = f"match.{_set_name(name, layer, layers)}.{image}"
-                    assert case.same_matching(ours, self.stored(key), len(target)), f"{self.prefix}{key} differs"
+                    want = self.stored(key)
+                    if not case.same_matching(ours, want, len(target)):
+                        cost = matcher.cost(request.predictions, request.targets[image], image)[layer]
+                        assert_tied(f"{self.prefix}{key}", cost.detach().numpy(), ours, want)
         for key in self.arrays:  # what is left holds no pair at all
             if key.startswith(f"{self.prefix}match.") and not self.arrays[key].size:
                 self.seen.add(key)
@@ -274,13 +283,13 @@ def _watch(model: Detector):
 
 @contextmanager
 def _watch_matching(criterion: Criterion):
-    """Collect the pairs of every set."""
-    matched: dict[str, Assignment] = {}
+    """Collect what the matcher is asked and the pairs it finds, by set."""
+    matched: dict[str, tuple[Request, Assignment]] = {}
     original = criterion.assigners["hungarian"]
 
     def watching(requests):
         found = original(requests)
-        matched.update({r.name: a for r, a in zip(requests, found)})
+        matched.update({r.name: (r, a) for r, a in zip(requests, found)})
         return found
 
     criterion.assigners["hungarian"] = watching
