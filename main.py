@@ -102,7 +102,7 @@ def run(args: Namespace) -> None:
             state.start_at(args.start_epoch)
         else:
             state.resume(checkpoint, name, args.start_epoch)
-        train(args, evaluation, state, loader)
+        train(args, evaluation, state, loader, here=continues_in(output_dir, name))
     dist.info(f"outputs are in {output_dir}" if output_dir else "nothing was saved: there is no --output_dir")
 
 
@@ -116,6 +116,11 @@ def open_checkpoint(args: Namespace, output_dir: Path | None) -> tuple[dict[str,
         name = str(latest) if latest.is_file() else ""
         dist.info(f"--resume auto: {name or 'no checkpoint.pth yet, this is a new run'}")
     return (read_checkpoint(name), name) if name else (None, "")
+
+
+def continues_in(output_dir: Path | None, name: str) -> bool:
+    """Say whether the checkpoint `name` lies in the folder of this run."""
+    return bool(name) and output_dir is not None and Path(name).resolve().parent == output_dir.resolve()
 
 
 def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -154,15 +159,18 @@ def build_state(args: Namespace, model: nn.Module, criterion: nn.Module, device:
     )
 
 
-def train(args: Namespace, evaluation: Evaluation, state: TrainState, loader: DataLoader) -> None:
-    """Train the epochs that are left; each is trained, saved, evaluated and logged, in this order."""
+def train(args: Namespace, evaluation: Evaluation, state: TrainState, loader: DataLoader, here: bool) -> None:
+    """Train the epochs that are left; each is trained, saved, evaluated and logged, in this order.
+
+    `here` says that the run continues in the folder of its checkpoint, where a stop may have cost an evaluation.
+    """
     output_dir = evaluation.output_dir
     train_step = distribute(TrainStep(state.model, state.criterion), evaluation.device, args.find_unused_params)
     guard = NonFiniteGuard(output_dir, args.max_nonfinite)
     log = RunLog(output_dir, tensorboard=args.tensorboard)
     logged = [entry for entry in log.entries() if entry["epoch"] <= state.epoch]
     state.best = best_result(logged, state.best)
-    if state.train_stats and not state.step and state.epoch not in [entry["epoch"] for entry in logged]:
+    if here and state.train_stats and not state.step and state.epoch not in [entry["epoch"] for entry in logged]:
         finish_epoch(args, evaluation, state, log)  # the run was stopped after saving and before evaluating
     if state.epoch + 1 >= args.epochs:
         dist.info(f"nothing left to do: epoch {state.epoch} of {args.epochs} is done, counted from 0; raise --epochs")
