@@ -16,8 +16,9 @@ SWITCH = argparse.BooleanOptionalAction
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of `main.py`, with `--help`."""
     parser = argparse.ArgumentParser(
-        "AssignDETR",
-        description="Train and evaluate Deformable-DETR detectors; every way to teach them is a switch.",
+        "main.py",
+        usage="python main.py [flags]          python main.py --help lists them, configs/ holds presets",
+        description="AssignDETR. Train and evaluate Deformable-DETR detectors; every way to teach them is a switch.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # a misspelt flag is an error, never another flag
     )
