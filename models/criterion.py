@@ -117,7 +117,8 @@ class Criterion(nn.Module):
         waiting: dict[str, list[_Job]] = {}
         for job in jobs:
             if isinstance(job.supervision.assign, Assignment):
-                job.assignment = job.supervision.assign
+                ready = job.supervision.assign
+                job.assignment = ready if self.aux_loss else _of_last_layer(ready, job)
             else:
                 waiting.setdefault(job.supervision.assign, []).append(job)
         for name, group in waiting.items():
@@ -168,6 +169,21 @@ class Criterion(nn.Module):
 def _add(values: dict[str, Tensor], weights: dict[str, float], name: str, value: Tensor, weight: float) -> None:
     values[name] = values[name] + value if name in values else value
     weights[name] = weight
+
+
+def _of_last_layer(assignment: Assignment, job: _Job) -> Assignment:
+    """Return the ready-made pairs of the last layer, the only one supervised without auxiliary losses, as layer 0."""
+    last = (job.last if job.supervision.layers is None else len(job.supervision.layers)) - 1
+    here = assignment.layer == last
+    return replace(
+        assignment,
+        layer=torch.zeros_like(assignment.layer[here]),
+        image=assignment.image[here],
+        slot=assignment.slot[here],
+        target=assignment.target[here],
+        weight=None if assignment.weight is None else assignment.weight[here],
+        ignore=None if assignment.ignore is None else assignment.ignore[last:],
+    )
 
 
 def _gather(targets: list[Target], assignment: Assignment) -> TargetPairs:

@@ -23,7 +23,7 @@ def focal_classification(
 ) -> dict[str, Tensor]:
     """Return `loss_ce` (L,): the sigmoid focal loss summed over all images, slots and classes.
 
-    The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, appendix A.3).
+    The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, section 5).
     Empty slots (`predictions.padding`) and `assignment.ignore` count nothing.
     """
     logits = at_least_float32(predictions.logits)

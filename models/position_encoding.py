@@ -1,6 +1,6 @@
 """Position encodings for feature maps and for boxes.
 
-The sine encoding of a map is that of Deformable DETR (arXiv 2010.04159, appendix A.3): DETR's sine encoding with cell
+The sine encoding of a map is that of Deformable DETR (arXiv 2010.04159; published code): DETR's sine encoding with cell
 centres at half integers. The learned encoding is the one of DETR (arXiv 2005.12872). `sine_embed_boxes` turns the
 proposals of a two-stage model into query embeddings.
 """

@@ -1,4 +1,4 @@
-"""From encoder tokens to ranked proposals: the first stage of the two-stage model (Deformable-DETR, section 4.2)."""
+"""From encoder tokens to ranked proposals: the first stage of the two-stage model (Deformable-DETR, 4.2 and A.4)."""
 
 from __future__ import annotations
 

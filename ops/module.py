@@ -1,4 +1,4 @@
-"""The multi-scale deformable attention layer (Deformable DETR, section 4.1 and appendix A.2)."""
+"""The multi-scale deformable attention layer (Deformable DETR, section 4.1; initial values: appendix A.4)."""
 
 import math
 from collections.abc import Sequence

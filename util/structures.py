@@ -8,7 +8,7 @@ All boxes inside the model are `cxcywh`, divided by the size of the *unpadded* i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
@@ -78,11 +78,6 @@ class Memory:
     padding: Tensor  # (B, S) bool
     shapes: LevelShapes  # (h, w) per level as python ints: no device synchronisation
     valid_ratios: Tensor  # (B, levels, 2) x, y share of each level that is image
-
-    def maps(self) -> list[Tensor]:
-        """Return the tokens as [(B, D, h, w)] per level, for auxiliary heads and masks."""
-        parts = self.tokens.split([h * w for h, w in self.shapes], dim=1)
-        return [p.transpose(1, 2).unflatten(2, shape) for p, shape in zip(parts, self.shapes)]
 
 
 @dataclass
@@ -211,11 +206,6 @@ class LossReport:
     total: Tensor  # scalar to back-propagate
     terms: dict[str, Tensor]  # detached scalars, keys as the family's logs know them, before the term weights
     weights: dict[str, float]  # weight of each entry of `terms` in the total; log-only entries are absent
-
-    def weighted(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, weight x value) for every entry that is part of the total."""
-        for name, weight in self.weights.items():
-            yield name, weight * self.terms[name]
 
 
 @dataclass

@@ -62,6 +62,9 @@ def test_a_batch_without_objects_gives_a_finite_loss_and_full_gradients() -> Non
     report = criterion()(one_set(logits, boxes), [make_target(), make_target()])
     report.total.backward()
     assert report.terms["loss_bbox"] == report.terms["loss_giou"] == 0
+    probability = logits.detach().sigmoid()  # nothing but negatives, divided by 1 where there is no object
+    negatives = 0.75 * probability**2 * -(1 - probability).log()
+    assert report.terms["loss_ce_0"].item() == pytest.approx(negatives[0].sum().item(), rel=1e-5)
     assert torch.isfinite(report.total)
     assert (boxes.grad == 0).all() and (logits.grad != 0).all()
 
@@ -134,6 +137,49 @@ def test_ready_made_pairs_take_the_same_path_as_matched_ones() -> None:
     report = criterion()(one_set(logits, boxes, assign=pairs), [target])
     expected = (boxes[0, 0, 1] - target.boxes[0]).abs().sum()
     assert report.terms["loss_bbox"].item() == pytest.approx(expected.item())
+
+
+def test_ready_made_pairs_of_all_layers_work_without_auxiliary_losses() -> None:
+    logits, boxes = torch.randn(3, 1, 2, 3), torch.rand(3, 1, 2, 4)
+    target = make_target([[0.5, 0.5, 0.2, 0.2]], [0])
+    layer, zeros = torch.arange(3), torch.zeros(3, dtype=torch.long)
+    ignore = torch.zeros(3, 1, 2, dtype=torch.bool)
+    ignore[:2] = True
+    pairs = Assignment(layer, zeros, torch.tensor([0, 0, 1]), zeros, torch.tensor([9.0, 9.0, 0.5]), ignore, count=1.0)
+    output = one_set(logits, boxes, assign=pairs)
+    report, full = criterion("--no_aux_loss")(output, [target]), criterion()(output, [target])
+    assert set(report.terms) == {"loss_ce", "loss_bbox", "loss_giou", "class_error", "cardinality_error"}
+    for name, value in report.terms.items():
+        assert value.item() == pytest.approx(full.terms[name].item()), name
+    expected = 0.5 * (boxes[2, 0, 1] - target.boxes[0]).abs().sum()
+    assert report.terms["loss_bbox"].item() == pytest.approx(expected.item())
+
+
+def test_a_weighted_pair_counts_its_share_and_an_ignored_slot_is_no_negative() -> None:
+    logits, boxes = torch.zeros(1, 1, 2, 1), torch.tensor([[[[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]]]])
+    target = make_target([[0.5, 0.5, 0.2, 0.4]], [0])
+    zero, ignore = torch.zeros(1, dtype=torch.long), torch.tensor([[[False, True]]])
+    pairs = Assignment(zero, zero, zero, zero, weight=torch.tensor([0.5]), ignore=ignore, count=1.0)
+    report = criterion()(one_set(logits, boxes, assign=pairs), [target])
+    assert report.terms["loss_bbox"].item() == pytest.approx(0.5 * 0.2)
+    assert report.terms["loss_giou"].item() == pytest.approx(0.5 * 0.5)
+    # p = 0.5 for a soft target of 0.5: alpha and (1 - p_t)^2 are 0.5 and 0.25; the other slot is left out
+    assert report.terms["loss_ce"].item() == pytest.approx(0.5 * 0.25 * math.log(2))
+
+
+def test_losses_of_assigners_and_of_auxiliary_heads_are_logged_and_part_of_the_total() -> None:
+    logits, boxes = torch.randn(2, 1, 2, 3), torch.rand(2, 1, 2, 4)
+    target = make_target([[0.5, 0.5, 0.2, 0.2]], [0])
+    zero = torch.zeros(1, dtype=torch.long)
+    plain = Assignment(zero, zero, zero, zero, count=1.0)
+    taught = Assignment(zero, zero, zero, zero, count=1.0, losses={"loss_soft": torch.tensor(4.0)})
+    without = criterion()(one_set(logits, boxes, assign=plain, weight=0.5), [target])
+    output = one_set(logits, boxes, assign=taught, weight=0.5)
+    output.aux_losses["loss_dense"] = torch.tensor(3.0)
+    report = criterion()(output, [target])
+    assert report.terms["loss_soft"].item() == 0.5 * 4
+    assert report.terms["loss_dense"].item() == 3
+    assert report.total.item() == pytest.approx(without.total.item() + 0.5 * 4 + 3)
 
 
 def test_the_order_of_targets_changes_nothing() -> None:

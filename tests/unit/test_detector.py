@@ -81,6 +81,7 @@ def test_state_dict_loads_back_into_a_fresh_model(variant: str) -> None:
     with torch.no_grad():
         ours, theirs = first(tiny_images()), second(tiny_images())
     assert torch.equal(ours.pred_boxes, theirs.pred_boxes)
+    assert torch.equal(ours.pred_logits, theirs.pred_logits)  # fresh boxes do not depend on the decoder
 
 
 def test_transformer_does_not_depend_on_padding() -> None:
@@ -202,6 +203,14 @@ def test_proposals_double_their_size_with_every_level_and_are_infinite_at_paddin
     assert invalid[0, 3] and logits[0, 3].isinf().all()
 
 
+def test_proposals_within_a_hundredth_of_the_border_are_invalid() -> None:
+    padding = torch.zeros(1, 64 + 64, dtype=torch.bool)
+    logits, invalid = proposal_logits(padding, ((1, 64), (64, 1)))
+    # Centres are (i + 0.5) / 64: 0.0078 and 0.9922 at the ends, 0.0234 and 0.9766 beside them.
+    assert invalid[0].nonzero().flatten().tolist() == [0, 63, 64, 127]
+    assert torch.equal(logits.isinf().all(-1), invalid) and torch.equal(logits.isinf().any(-1), invalid)
+
+
 def test_the_best_scores_come_first_and_fewer_cells_than_queries_are_enough() -> None:
     assert select_top(torch.tensor([[0.1, 0.9, 0.5]]), 2).tolist() == [[1, 2]]
     assert select_top(torch.tensor([[0.1, 0.9, 0.5]]), 10).tolist() == [[1, 2, 0]]
@@ -237,6 +246,20 @@ def test_heads_are_shared_without_refinement_and_copies_with_it() -> None:
     assert len(copies.class_embed) == 4 and len({id(h) for h in copies.bbox_embed}) == 4
 
 
+@pytest.mark.parametrize(
+    ("refine", "two_stage", "sizes"),
+    [(False, False, [-2.0] * 3), (True, False, [-2.0, 0.0, 0.0]), (True, True, [0.0] * 4)],
+    ids=["shared", "refine", "two_stage"],
+)
+def test_first_boxes_are_small_around_points_and_the_proposals_themselves_in_two_stage(
+    refine: bool, two_stage: bool, sizes: list[float]
+) -> None:
+    heads = build_heads(width=8, num_classes=3, dec_layers=3, refine=refine, two_stage=two_stage)
+    assert [h.layers[-1].bias.tolist() for h in heads.bbox_embed] == [[0.0, 0.0, size, size] for size in sizes]
+    assert all((h.layers[-1].weight == 0).all() for h in heads.bbox_embed)
+    assert torch.allclose(torch.stack([h.bias for h in heads.class_embed]).sigmoid(), torch.tensor(0.01))
+
+
 def test_groups_see_themselves_and_whom_they_name_but_not_the_reverse() -> None:
     seen = visibility([group("one2one", 2), group("dn", 4, sees=("one2one",), block=2)], torch.device("cpu"))
     expected = torch.tensor(
@@ -251,6 +274,23 @@ def test_groups_see_themselves_and_whom_they_name_but_not_the_reverse() -> None:
         dtype=torch.bool,
     )
     assert torch.equal(seen, expected)
+
+
+def test_predictions_are_cut_by_group_and_keep_its_empty_slots() -> None:
+    model = build_detector(tiny_args("--with_box_refine"))
+    memory = model.encode(tiny_images([(128, 128)]))
+    queries, points, empty = torch.randn(3, 32), torch.rand(3, 2), torch.tensor([[False, False, True]])
+    whole, last = slice(0, 3), slice(2, 3)
+    groups = [
+        QueryGroup("one2one", queries[None, whole], points[None, whole], queries[None, whole], (), padding=empty),
+        QueryGroup("extra", queries[None, last], points[None, last], queries[None, last], ()),
+    ]
+    with torch.no_grad():
+        decoded = model.transformer.decoder(groups, memory, model.heads)
+        alone = model.transformer.decoder(groups[1:], memory, model.heads)
+    assert decoded["one2one"].padding is empty and decoded["extra"].padding is None
+    assert [len(decoded[name].logits[0, 0]) for name in ("one2one", "extra")] == [3, 1]
+    assert torch.allclose(decoded["extra"].logits, alone["extra"].logits, atol=1e-5)
 
 
 def test_a_single_group_needs_no_mask() -> None:
@@ -282,13 +322,19 @@ def test_a_float64_model_computes_and_trains_in_float64(flags: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
-def test_checkpointing_gives_the_same_gradients() -> None:
-    gradients = []
+def test_checkpointing_runs_every_layer_twice_and_gives_the_same_gradients() -> None:
+    gradients, runs = [], []
     for flags in ("", "--use_checkpoint"):
         torch.manual_seed(3)
         model, criterion, _ = build_model(tiny_args(f"{TWO_STAGE} {flags}"))
+        layers = [*model.transformer.encoder.layers, *model.transformer.decoder.layers]
+        calls = []
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(module))
         criterion(model(tiny_images(), tiny_targets()), tiny_targets()).total.backward()
-        gradients.append(model.transformer.encoder.layers[0].linear1.weight.grad)
+        gradients.append(layers[0].linear1.weight.grad)
+        runs.append([calls.count(layer) for layer in layers])
+    assert runs == [[1, 1, 1], [2, 2, 2]]
     assert torch.allclose(*gradients, atol=1e-6)
 
 
