@@ -50,6 +50,16 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth"]
 
 
+def test_the_new_file_takes_the_place_of_the_old_one_and_never_overwrites_it(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    write_atomically({"epoch": 1}, path)
+    content = path.read_bytes()
+    with path.open("rb") as reader:
+        write_atomically({"epoch": 2}, path)
+        assert reader.read() == content  # who had opened the old file still reads all of it
+    assert read_checkpoint(path) == {"epoch": 2}
+
+
 def test_stale_temporary_files_are_removed_and_named(tmp_path):
     (tmp_path / "checkpoint.pth.tmp").write_bytes(b"half")
     (tmp_path / "checkpoint.pth").write_bytes(b"whole")
