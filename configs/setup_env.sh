@@ -14,6 +14,14 @@ die() {
     exit 1
 }
 
+# Stop unless folder $1 has $2 GB free.
+need_space() {
+    local free
+    free=$(df -Pk "$1" | awk 'NR == 2 { print int($4 / 1048576) }')
+    [ "$free" -ge "$2" ] ||
+        die "$1 has $free GB free, $2 GB are needed: make room, or point TMPDIR to a folder on another disk."
+}
+
 # Print the first interpreter between Python $1 and $2 that can make environments.
 # Each candidate is run: a name in PATH can be the empty shim of a version manager.
 find_python() {

@@ -8,6 +8,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source configs/setup_env.sh
 
+# The largest test holds 600 MB of checkpoints; a full disk shows as a hundred unrelated failures, or as a hang.
+need_space "${TMPDIR:-/tmp}" 2
+
 requirements=(-r requirements.txt -r tests/requirements.txt)
 if [ "${1:-}" = --oldest ]; then
     shift
