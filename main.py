@@ -16,7 +16,8 @@ import ops
 from datasets import build_dataset, build_eval_loader, build_train_loader, check_same_categories
 from models import build_model
 from util import dist
-from util.args import check_args, get_args_parser
+from util.arg_rules import check_args
+from util.args import get_args_parser
 from util.checkpoint import compare_classes, init_from, load_weights, read_checkpoint
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files

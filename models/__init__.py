@@ -8,21 +8,24 @@ from functools import partial
 from models.assign import build_assigners
 from models.backbones import Joiner, build_backbone
 from models.criterion import Criterion
-from models.decoder import DecoderLayer, DeformableDecoder
 from models.detector import Detector
-from models.encoder import DeformableEncoder, EncoderLayer
 from models.groups import build_groups
-from models.heads import build_heads
 from models.losses import box_regression, focal_classification
 from models.neck import InputProjection
+from models.parts import COCO_SLOTS, build_decoder, build_encoder, build_heads, num_classes
 from models.position_encoding import build_position_encoding
 from models.postprocess import PostProcessor
 from models.transformer import DeformableTransformer, LearnedQueryTransformer, TwoStageTransformer
-from ops.module import MSDeformAttn
-from util.args import check_args
-from util.errors import UserError
+from util.arg_rules import check_args
 
-COCO_SLOTS = 91  # class outputs of published COCO weights: category ids 0..90, index 0 and ten ids unused
+__all__ = [
+    "COCO_SLOTS",
+    "build_criterion",
+    "build_detector",
+    "build_model",
+    "build_transformer",
+    "num_classes",
+]
 
 
 def build_model(args: Namespace) -> tuple[Detector, Criterion, PostProcessor]:
@@ -32,7 +35,11 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, PostProcessor]:
         UserError: for flags that do not go together, naming the one to change.
     """
     check_args(args)
-    return build_detector(args), build_criterion(args), PostProcessor(args.topk)
+    return (
+        build_detector(args),
+        build_criterion(args),
+        PostProcessor(args.topk, nms_iou=args.nms_iou, group=args.eval_group),
+    )
 
 
 def build_detector(args: Namespace) -> Detector:
@@ -40,13 +47,7 @@ def build_detector(args: Namespace) -> Detector:
     backbone = Joiner(build_backbone(args), build_position_encoding(args))
     return Detector(
         transformer=build_transformer(args),
-        heads=build_heads(
-            width=args.hidden_dim,
-            num_classes=num_classes(args),
-            dec_layers=args.dec_layers,
-            refine=args.with_box_refine,
-            two_stage=args.two_stage,
-        ),
+        heads=build_heads(args),
         neck=InputProjection(backbone.channels, args.num_feature_levels, args.hidden_dim),
         backbone=backbone,
         groups=build_groups(args),
@@ -56,21 +57,7 @@ def build_detector(args: Namespace) -> Detector:
 
 def build_transformer(args: Namespace) -> DeformableTransformer:
     """Return encoder and decoder, with the origin of the queries that the flags ask for."""
-
-    def attention(points: int) -> MSDeformAttn:
-        return MSDeformAttn(args.hidden_dim, args.num_feature_levels, args.nheads, points)
-
-    size = {"width": args.hidden_dim, "feedforward": args.dim_feedforward, "dropout": args.dropout}
-    encoder = DeformableEncoder(
-        [EncoderLayer(attention(args.enc_n_points), **size) for _ in range(args.enc_layers)],
-        use_checkpoint=args.use_checkpoint,
-    )
-    decoder = DeformableDecoder(
-        [DecoderLayer(attention(args.dec_n_points), heads=args.nheads, **size) for _ in range(args.dec_layers)],
-        refine=args.with_box_refine,
-        look_forward_twice=args.look_forward_twice,
-        use_checkpoint=args.use_checkpoint,
-    )
+    encoder, decoder = build_encoder(args), build_decoder(args)
     shape = {"num_levels": args.num_feature_levels, "width": args.hidden_dim}
     if args.two_stage:
         return TwoStageTransformer(encoder, decoder, mixed_selection=args.mixed_selection, **shape)
@@ -89,17 +76,3 @@ def build_criterion(args: Namespace) -> Criterion:
         },
         aux_loss=args.aux_loss,
     )
-
-
-def num_classes(args: Namespace) -> int:
-    """Return the number of class outputs: `--num_classes`, else what the kind of data set fixes."""
-    if args.num_classes is not None:
-        return args.num_classes
-    if args.dataset_file == "synthetic":
-        return args.synthetic_classes
-    if args.train_json or args.val_json or args.category_ids == "contiguous":
-        raise UserError(
-            "the number of classes is not known: give --num_classes, or build the data set first and take "
-            "dataset.num_classes (main.py does)"
-        )
-    return COCO_SLOTS

@@ -7,7 +7,7 @@ Encoder proposals, decoder layers, one-to-many and ready-made pairs take the sam
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -18,22 +18,25 @@ from models.losses import LossTerm, cardinality_error, class_error
 from util.structures import (
     Assignment,
     DetectorOutput,
+    FlatTargets,
     LossReport,
     Predictions,
+    SupervisedSet,
     Supervision,
     Target,
     TargetPairs,
 )
 
 
-def loss_name(term: str, set_name: str, layer: int, layers: int) -> str:
+def loss_name(term: str, set_name: str, layer: int, last: int) -> str:
     """Return the key under which the family's logs know a number.
 
-    `loss_ce` (last layer), `loss_ce_0` (layer 0), `loss_ce_enc`, `loss_ce_one2many`, `loss_ce_0_one2many`, ...
+    `loss_ce` (last layer), `loss_ce_0` (layer 0), `loss_ce_enc`, `loss_ce_NAME`, `loss_ce_0_NAME` of the set NAME,
+    `loss_ce_enc_NAME` of the set `encoder_NAME`.
     """
-    if set_name == "encoder":
-        return f"{term}_enc"
-    suffix = "" if layer == layers - 1 else f"_{layer}"
+    if set_name == "encoder" or set_name.startswith("encoder_"):
+        return f"{term}_enc{set_name.removeprefix('encoder')}"
+    suffix = "" if layer == last else f"_{layer}"
     return f"{term}{suffix}" if set_name == "one2one" else f"{term}{suffix}_{set_name}"
 
 
@@ -42,12 +45,49 @@ class _Job:
     """One supervision of one set."""
 
     name: str
-    predictions: Predictions  # of the supervised layers
-    layers: list[int]  # their numbers
-    last: int  # number of layers of the whole set
-    targets: list[Target]
+    supervised: SupervisedSet
     supervision: Supervision
-    assignment: Assignment | None = None
+    layers: list[int]  # the supervised ones
+    targets: FlatTargets
+    assignment: Assignment | None = None  # counted in the stack of its batch
+
+    @property
+    def last(self) -> int:
+        """Number of the last layer of the set, supervised or not."""
+        return self.supervised.predictions.layers - 1
+
+    @property
+    def slots(self) -> slice:
+        start = self.supervised.start
+        return slice(start, start + self.supervised.predictions.logits.shape[2])
+
+    def overlaps(self, other: _Job) -> bool:
+        """Whether both teach some slot on the same layer."""
+        apart = self.slots.stop <= other.slots.start or other.slots.stop <= self.slots.start
+        return not apart and not set(self.layers).isdisjoint(other.layers)
+
+
+@dataclass
+class _Batch:
+    """Jobs on different parts of one stack, whose costs and losses are evaluated together."""
+
+    jobs: list[_Job]
+    layers: list[int] = field(default_factory=list)  # those that any of the jobs teaches
+    predictions: Predictions | None = None  # the stack on these layers
+
+    def takes(self, job: _Job) -> bool:
+        first = self.jobs[0]
+        same = job.supervised.stack is first.supervised.stack and job.supervision.terms == first.supervision.terms
+        return same and not any(job.overlaps(other) for other in self.jobs)
+
+    def close(self) -> None:
+        """Fix the layers, once all jobs are known."""
+        self.layers = sorted({layer for job in self.jobs for layer in job.layers})
+        self.predictions = self.jobs[0].supervised.stack.select_layers(self.layers)
+
+    def rows(self, job: _Job) -> list[int]:
+        """Return where the layers of `job` are in `predictions`."""
+        return [self.layers.index(layer) for layer in job.layers]
 
 
 class Criterion(nn.Module):
@@ -83,23 +123,27 @@ class Criterion(nn.Module):
             targets: their objects, on the same device. With several processes the normalisers are averaged over them:
                 one all-reduce of all counts.
         """
-        jobs = self._jobs(output, targets)
-        self._assign(jobs)
+        batches = self._batches(output, targets)
+        self._assign(batches)
+        jobs = [job for batch in batches for job in batch.jobs]
         # Not in evaluation: processes may have different numbers of batches there.
         counts = _average_counts([j.assignment.count for j in jobs], output.pred_logits.device, over_all=self.training)
         values: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
-        for job, count in zip(jobs, counts):
-            self._evaluate(job, count, values, weights)
+        remaining = iter(counts)
+        for batch in batches:
+            self._evaluate(batch, [next(remaining) for _ in batch.jobs], values, weights)
         for name, loss in output.aux_losses.items():
             _add(values, weights, name, loss, 1.0)
         total = sum(weights[name] * value for name, value in values.items() if name in weights)
         total = total + self._untrained(output, jobs)
         return LossReport(total, {name: value.detach() for name, value in values.items()}, weights)
 
-    def _jobs(self, output: DetectorOutput, targets: list[Target]) -> list[_Job]:
-        agnostic = [replace(t, labels=torch.zeros_like(t.labels)) for t in targets]
-        jobs = []
+    def _batches(self, output: DetectorOutput, targets: list[Target]) -> list[_Batch]:
+        """Return all supervisions, those of one stack together."""
+        flat = FlatTargets.of(targets)
+        agnostic = replace(flat, labels=torch.zeros_like(flat.labels))
+        batches: list[_Batch] = []
         for name, supervised in output.sets.items():
             count = supervised.predictions.layers
             for supervision in supervised.supervision:
@@ -107,49 +151,63 @@ class Criterion(nn.Module):
                 if not self.aux_loss:
                     layers = [layer for layer in layers if layer == count - 1]
                 if layers:
-                    chosen = supervised.predictions.select_layers(layers)
-                    taught = agnostic if supervision.class_agnostic else targets
-                    jobs.append(_Job(name, chosen, layers, count, taught, supervision))
-        return jobs
+                    taught = agnostic if supervision.class_agnostic else flat
+                    job = _Job(name, supervised, supervision, layers, taught)
+                    batch = next((b for b in batches if b.takes(job)), None)
+                    if batch is None:
+                        batches.append(_Batch([job]))
+                    else:
+                        batch.jobs.append(job)
+        for batch in batches:
+            batch.close()
+        return batches
 
-    def _assign(self, jobs: list[_Job]) -> None:
+    def _assign(self, batches: list[_Batch]) -> None:
         """Give every job its pairs; each assigner is called once for all the sets that name it."""
-        waiting: dict[str, list[_Job]] = {}
-        for job in jobs:
-            if isinstance(job.supervision.assign, Assignment):
-                ready = job.supervision.assign
-                job.assignment = ready if self.aux_loss else _of_last_layer(ready, job)
-            else:
-                waiting.setdefault(job.supervision.assign, []).append(job)
-        for name, group in waiting.items():
-            requests = [Request(j.name, j.predictions, j.targets, j.supervision) for j in group]
-            for job, assignment in zip(group, self.assigners[name](requests)):
+        waiting: dict[str, list[tuple[_Job, Request]]] = {}
+        for batch in batches:
+            for job in batch.jobs:
+                if isinstance(job.supervision.assign, Assignment):
+                    ready = job.supervision.assign
+                    ready = ready if self.aux_loss else _of_last_layer(ready, job)
+                    job.assignment = _in_stack(ready, batch, job)
+                    continue
+                request = Request(job.name, batch.predictions, job.targets, job.supervision, batch.rows(job), job.slots)
+                waiting.setdefault(job.supervision.assign, []).append((job, request))
+        for name, entries in waiting.items():
+            assignments = self.assigners[name]([request for _, request in entries])
+            for (job, _), assignment in zip(entries, assignments):
                 job.assignment = assignment
 
-    def _evaluate(self, job: _Job, count: float | Tensor, values: dict[str, Tensor], weights: dict[str, float]) -> None:
-        """Add the losses of one job to `values`, scaled by the weight of its supervision (log-only entries too)."""
-        scale = job.supervision.weight
-        pairs = _gather(job.targets, job.assignment)
-        for term in job.supervision.terms:
-            for loss, per_layer in self.terms[term](job.predictions, pairs, job.assignment).items():
-                for layer, value in zip(job.layers, per_layer):
-                    name = loss_name(loss, job.name, layer, job.last)
-                    _add(values, weights, name, scale * value / count, self.weights[loss])
-        for loss, value in job.assignment.losses.items():
-            _add(values, weights, loss_name(loss, job.name, job.last - 1, job.last), scale * value, 1.0)
-        self._log(job, pairs, values)
+    def _evaluate(
+        self, batch: _Batch, counts: list[float | Tensor], values: dict[str, Tensor], weights: dict[str, float]
+    ) -> None:
+        """Add the losses of a batch to `values`, scaled by the weights of the supervisions (log-only entries too)."""
+        pairs = [_gather(job.targets, job.assignment) for job in batch.jobs]
+        together = _join(batch), TargetPairs(torch.cat([p.labels for p in pairs]), torch.cat([p.boxes for p in pairs]))
+        for term in batch.jobs[0].supervision.terms:
+            for loss, per_slot in self.terms[term](batch.predictions, together[1], together[0]).items():
+                for job, count in zip(batch.jobs, counts):
+                    sums = (job.supervision.weight * per_slot[:, job.slots].sum(1) / count).unbind()
+                    for layer, row in zip(job.layers, batch.rows(job)):
+                        _add(values, weights, loss_name(loss, job.name, layer, job.last), sums[row], self.weights[loss])
+        for job, own in zip(batch.jobs, pairs):
+            for loss, value in job.assignment.losses.items():
+                name = loss_name(loss, job.name, job.last, job.last)
+                _add(values, weights, name, job.supervision.weight * value, 1.0)
+            self._log(batch, job, own, values)
 
     @staticmethod
-    def _log(job: _Job, pairs: TargetPairs, values: dict[str, Tensor]) -> None:
+    def _log(batch: _Batch, job: _Job, pairs: TargetPairs, values: dict[str, Tensor]) -> None:
         """Add the entries that are only logged."""
-        scale, logits = job.supervision.weight, job.predictions.logits.detach()
-        if job.layers[-1] == job.last - 1 and not job.supervision.class_agnostic:
-            error = class_error(logits, pairs, job.assignment, len(job.layers) - 1)
-            values[loss_name("class_error", job.name, job.last - 1, job.last)] = scale * error
-        objects = torch.tensor([len(t) * job.supervision.repeat for t in job.targets])
-        errors = cardinality_error(logits, objects.to(logits.device, non_blocking=True))
-        for layer, error in zip(job.layers, errors):
-            values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * error
+        scale, logits = job.supervision.weight, batch.predictions.logits.detach()
+        if job.layers[-1] == job.last and not job.supervision.class_agnostic:
+            error = class_error(logits, pairs, job.assignment, batch.layers.index(job.last))
+            values[loss_name("class_error", job.name, job.last, job.last)] = scale * error
+        objects = torch.tensor([size * job.supervision.copies for size in job.targets.sizes])
+        errors = cardinality_error(logits[:, :, job.slots], objects.to(logits.device, non_blocking=True)).unbind()
+        for layer, row in zip(job.layers, batch.rows(job)):
+            values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]
 
     @staticmethod
     def _untrained(output: DetectorOutput, jobs: list[_Job]) -> Tensor | float:
@@ -173,7 +231,7 @@ def _add(values: dict[str, Tensor], weights: dict[str, float], name: str, value:
 
 def _of_last_layer(assignment: Assignment, job: _Job) -> Assignment:
     """Return the ready-made pairs of the last layer, the only one supervised without auxiliary losses, as layer 0."""
-    last = (job.last if job.supervision.layers is None else len(job.supervision.layers)) - 1
+    last = (job.last + 1 if job.supervision.layers is None else len(job.supervision.layers)) - 1
     here = assignment.layer == last
     return replace(
         assignment,
@@ -186,12 +244,34 @@ def _of_last_layer(assignment: Assignment, job: _Job) -> Assignment:
     )
 
 
-def _gather(targets: list[Target], assignment: Assignment) -> TargetPairs:
+def _in_stack(assignment: Assignment, batch: _Batch, job: _Job) -> Assignment:
+    """Return ready-made pairs, which count in their own set, as pairs that count in the stack."""
+    rows = torch.tensor(batch.rows(job)).to(assignment.layer.device, non_blocking=True)
+    return replace(assignment, layer=rows[assignment.layer], slot=assignment.slot + job.slots.start)
+
+
+def _join(batch: _Batch) -> Assignment:
+    """Return the pairs of all jobs as one assignment of the stack."""
+    parts = [job.assignment for job in batch.jobs]
+    if len(parts) == 1 and parts[0].ignore is None:
+        return parts[0]
+    weight = ignore = None
+    if any(part.weight is not None for part in parts):
+        ones = [torch.ones_like(part.slot, dtype=torch.float32) for part in parts]
+        weight = torch.cat([one if part.weight is None else part.weight for part, one in zip(parts, ones)])
+    if any(part.ignore is not None for part in parts):
+        ignore = torch.zeros_like(batch.predictions.logits[..., 0], dtype=torch.bool)
+        for job in batch.jobs:
+            for row, own in zip(batch.rows(job), () if job.assignment.ignore is None else job.assignment.ignore):
+                ignore[row, :, job.slots] = own
+    flat = [torch.cat([getattr(p, name) for p in parts]) for name in ("layer", "image", "slot", "target")]
+    return Assignment(*flat, weight=weight, ignore=ignore)
+
+
+def _gather(targets: FlatTargets, assignment: Assignment) -> TargetPairs:
     """Return the target of every pair."""
-    labels, boxes = torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets])
-    starts = torch.tensor([0, *(len(t) for t in targets)]).cumsum(0)[:-1].to(labels.device, non_blocking=True)
-    index = starts[assignment.image] + assignment.target
-    return TargetPairs(labels[index], boxes[index].float())
+    index = targets.starts[assignment.image] + assignment.target
+    return TargetPairs(targets.labels[index], targets.boxes[index].float())
 
 
 def _average_counts(counts: list[float | Tensor], device: torch.device, *, over_all: bool) -> Tensor | list[float]:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.encoder import xavier_matrices
-from models.groups.base import visibility
 from models.heads import Heads, shift_box
+from models.visibility import visibility
 from ops.module import MSDeformAttn, at_least_float32
-from util.structures import Memory, Predictions, QueryGroup
+from util.structures import Memory, Predictions, QueryGroup, SupervisedSet
 
 
 class DecoderLayer(nn.Module):
@@ -73,13 +73,22 @@ class DeformableDecoder(nn.Module):
         self.use_checkpoint = use_checkpoint
         xavier_matrices(self)
 
-    def forward(self, groups: Sequence[QueryGroup], memory: Memory, heads: Heads) -> dict[str, Predictions]:
-        """Decode `groups` under their visibility rule and return the predictions of each by name."""
+    def forward(
+        self, groups: Sequence[QueryGroup], memory: Memory, heads: Heads | Sequence[Heads]
+    ) -> dict[str, SupervisedSet]:
+        """Decode `groups` under their visibility rule and return the set of each by name, cut out of one stack.
+
+        Args:
+            groups: their references are all points or all boxes.
+            memory: of the encoder.
+            heads: of all groups, or of each group where they do not share them.
+        """
         x = torch.cat([g.content for g in groups], 1)
         pos = torch.cat([g.pos for g in groups], 1)
         reference = torch.cat([g.reference for g in groups], 1)
         may_see = visibility(groups, x.device)
         blocked = None if may_see is None else ~may_see
+        parts = _by_heads(groups, heads)
         logits, boxes = [], []
         head_reference = reference  # what the head adds its offset to; differs from `reference` only in its gradient
         for i, layer in enumerate(self.layers):
@@ -87,26 +96,53 @@ class DeformableDecoder(nn.Module):
                 x = checkpoint(layer, x, pos, reference, memory, blocked, use_reentrant=False)
             else:
                 x = layer(x, pos, reference, memory, blocked)
-            delta = heads.bbox_embed[i](x)
-            logits.append(at_least_float32(heads.class_embed[i](x)))
+            delta = _apply([(h.bbox_embed[i], slots) for h, slots in parts], x)
+            logits.append(at_least_float32(_apply([(h.class_embed[i], slots) for h, slots in parts], x)))
             boxes.append(shift_box(delta, head_reference))
             if self.refine:
                 refined = shift_box(delta, reference) if self.look_forward_twice else boxes[-1]
                 reference = refined.detach()
                 head_reference = refined if self.look_forward_twice else reference
-        stacked = Predictions(torch.stack(logits), torch.stack(boxes))
-        return _unpack(stacked, groups)
+        return _unpack(torch.stack(logits), torch.stack(boxes), groups)
 
 
-def _unpack(predictions: Predictions, groups: Sequence[QueryGroup]) -> dict[str, Predictions]:
-    """Cut the slots of all groups into one `Predictions` per group."""
+def _by_heads(groups: Sequence[QueryGroup], heads: Heads | Sequence[Heads]) -> list[tuple[Heads, slice]]:
+    """Return runs of slots that share their heads."""
+    each = [heads] * len(groups) if isinstance(heads, Heads) else heads
+    parts: list[tuple[Heads, slice]] = []
+    start = 0
+    for group, own in zip(groups, each):
+        stop = start + len(group)
+        if parts and parts[-1][0] == own:
+            parts[-1] = (own, slice(parts[-1][1].start, stop))
+        else:
+            parts.append((own, slice(start, stop)))
+        start = stop
+    return parts
+
+
+def _apply(parts: Sequence[tuple[nn.Module, slice]], x: Tensor) -> Tensor:
+    """Return what each module makes of its slots of `x` (B, Q, D), side by side."""
+    if len(parts) == 1:
+        return parts[0][0](x)
+    return torch.cat([module(x[:, slots]) for module, slots in parts], 1)
+
+
+def _unpack(logits: Tensor, boxes: Tensor, groups: Sequence[QueryGroup]) -> dict[str, SupervisedSet]:
+    """Cut the slots of all groups into one set per group."""
+    stack = Predictions(logits, boxes, _padding(groups))
     result, start = {}, 0
     for group in groups:
         slots = slice(start, start + len(group))
-        result[group.name] = Predictions(
-            predictions.logits[:, :, slots],
-            predictions.boxes[:, :, slots],
-            group.padding,
-        )
+        own = Predictions(logits[:, :, slots], boxes[:, :, slots], group.padding)
+        result[group.name] = SupervisedSet(own, group.supervision, stack, start)
         start = slots.stop
     return result
+
+
+def _padding(groups: Sequence[QueryGroup]) -> Tensor | None:
+    """Return which slots of the stack are empty, (B, sum Q); None if no group has empty slots."""
+    if all(g.padding is None for g in groups):
+        return None
+    full = [torch.zeros_like(g.content[..., 0], dtype=torch.bool) for g in groups]
+    return torch.cat([none if g.padding is None else g.padding for g, none in zip(groups, full)], 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
-import torch
 from torch import Tensor, nn
 
 from models.backbones import resize_padding
@@ -13,9 +14,11 @@ from models.heads import Heads
 from models.neck import InputProjection
 from models.transformer import DeformableTransformer
 from util.structures import (
+    Claim,
     DetectorOutput,
     ImageBatch,
     Memory,
+    Predictions,
     QueryGroup,
     Seeds,
     SupervisedSet,
@@ -24,6 +27,16 @@ from util.structures import (
 )
 
 ENCODER_SUPERVISION = (Supervision("hungarian", class_agnostic=True),)
+
+
+@dataclass
+class _Decoding:
+    """Groups that are decoded together."""
+
+    decoder: nn.Module
+    memory: Memory
+    groups: list[QueryGroup] = field(default_factory=list)
+    heads: list[Heads] = field(default_factory=list)  # of each group
 
 
 class Detector(nn.Module):
@@ -47,7 +60,7 @@ class Detector(nn.Module):
         second_names: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        num_rows = sum(g.num_queries for g in groups)
+        num_rows = sum(source.num_queries for source in groups)
         self.transformer = transformer
         for name in second_names:
             self.transformer.decoder.add_module(name, getattr(heads, name))
@@ -57,7 +70,7 @@ class Detector(nn.Module):
             self.query_embed = nn.Embedding(num_rows, transformer.query_width)
         self.input_proj = neck
         self.backbone = backbone
-        self.groups = nn.ModuleList(groups)
+        self.groups = nn.ModuleDict({source.name: source for source in groups})
 
     @property
     def heads(self) -> Heads:
@@ -75,45 +88,65 @@ class Detector(nn.Module):
             Predictions and supervision of every set: `one2one` always, `encoder` in two-stage, the sets of the training
             schemes in training mode only.
         """
-        memory = self.encode(images)
-        alive = [(source, start) for source, start in self._ranks() if source.alive]
-        count = max(start + source.num_queries for source, start in alive)
-        seeds = self.transformer.seeds(memory, self.heads, self._query_table(), count)
-        groups = self._make_groups(alive, images, memory, seeds, targets, epoch)
-        decoded = self.transformer.decoder(groups, memory, self.heads)
-        sets = {g.name: SupervisedSet(decoded[g.name], g.supervision) for g in groups}
-        if seeds.encoder is not None:
-            sets["encoder"] = SupervisedSet(seeds.encoder, ENCODER_SUPERVISION)
+        streams = self._streams(images)
+        decoded: dict[tuple[int, int], _Decoding] = {}
+        for source, memory, seeds in streams:
+            decoder = self.transformer.decoder if source.own is None else source.own.decoder or self.transformer.decoder
+            part = decoded.setdefault((id(decoder), id(memory)), _Decoding(decoder, memory))
+            groups = source(Context(images, memory, seeds, targets, epoch))
+            part.groups += groups
+            part.heads += [self.heads if source.own is None else source.own.over(self.heads)] * len(groups)
+        sets: dict[str, SupervisedSet] = {}
+        for part in decoded.values():
+            sets.update(part.decoder(part.groups, part.memory, part.heads))
+        for source, _, seeds in streams:
+            if seeds.encoder is not None:
+                self._add_proposals(sets, source, seeds.encoder)
         return DetectorOutput(sets)
 
     def encode(self, images: ImageBatch) -> Memory:
         """Return the encoder's memory of `images`."""
+        return self.transformer.encode(*self.project(images))
+
+    def project(self, images: ImageBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Return the maps [(B, D, h, w)] of all levels, their position encodings and their paddings [(B, h, w)]."""
         features = self.backbone(images.pixels, images.padding)
         maps = self.input_proj([feature for feature, _ in features])
         paddings = [padding for _, padding in features]
         paddings += [resize_padding(images.padding, m.shape[-2:]) for m in maps[len(features) :]]
         position_encoding = self.backbone[1]
-        return self.transformer.encode(maps, [position_encoding(p) for p in paddings], paddings)
+        return maps, [position_encoding(p) for p in paddings], paddings
 
-    def _query_table(self) -> Tensor | None:
-        return self.query_embed.weight if self.transformer.query_width else None
+    def claims(self) -> dict[str, Claim]:
+        """Return what each source wants of the ranked queries; ranks do not depend on who is alive."""
+        starts = accumulate((g.num_queries for g in self.groups.values()), initial=0)
+        return {
+            name: Claim(start, source.num_queries, source.proposal_embed)
+            for (name, source), start in zip(self.groups.items(), starts)
+        }
 
-    def _ranks(self) -> list[tuple[GroupSource, int]]:
-        """Return each source and the first rank that belongs to it."""
-        starts = torch.tensor([0, *(g.num_queries for g in self.groups)]).cumsum(0).tolist()
-        return list(zip(self.groups, starts))
+    def _streams(self, images: ImageBatch) -> list[tuple[GroupSource, Memory, Seeds]]:
+        """Return every living source with the memory that it looks at and its first queries."""
+        projected, claims = self.project(images), self.claims()
+        by_encoder: dict[nn.Module | None, list[GroupSource]] = {}
+        for source in self.groups.values():
+            if source.alive:
+                by_encoder.setdefault(None if source.own is None else source.own.encoder, []).append(source)
+        table = self.query_embed.weight if self.transformer.query_width else None
+        streams = []
+        for encoder, sources in by_encoder.items():
+            memory = self.transformer.encode(*projected, encoder)
+            heads = self.heads if encoder is None else sources[0].own.over(self.heads)
+            seeds = self.transformer.seeds(memory, heads, table, [claims[s.name] for s in sources])
+            streams += [(source, memory, found) for source, found in zip(sources, seeds)]
+        return streams
 
     @staticmethod
-    def _make_groups(
-        alive: list[tuple[GroupSource, int]],
-        images: ImageBatch,
-        memory: Memory,
-        seeds: Seeds,
-        targets: list[Target] | None,
-        epoch: int,
-    ) -> list[QueryGroup]:
-        groups = []
-        for source, start in alive:
-            rows = seeds.rows(start, source.num_queries)
-            groups += source(Context(images, memory, rows, targets, epoch))
-        return groups
+    def _add_proposals(sets: dict[str, SupervisedSet], source: GroupSource, proposals: Predictions) -> None:
+        """Add the set `encoder`, and one more for a source that ranks proposals itself or has an encoder of its own."""
+        if source.proposal_embed is not None:
+            sets[f"encoder_{source.name}"] = SupervisedSet(proposals, source.proposal_supervision)
+        elif source.own is not None and source.own.encoder is not None:
+            sets[f"encoder_{source.name}"] = SupervisedSet(proposals, ENCODER_SUPERVISION)
+        else:
+            sets.setdefault("encoder", SupervisedSet(proposals, ENCODER_SUPERVISION))

@@ -49,7 +49,7 @@ class Heads:
     bbox_embed: nn.ModuleList
 
 
-def build_heads(*, width: int, num_classes: int, dec_layers: int, refine: bool, two_stage: bool) -> Heads:
+def heads_of(*, width: int, num_classes: int, dec_layers: int, refine: bool, two_stage: bool) -> Heads:
     """Return the heads with their published initial values.
 
     Without refinement all layers share one pair; with refinement every layer has its own copy, and in two-stage there

@@ -1,6 +1,7 @@
-"""Loss functions on predictions and matched targets: pure functions, one number per decoder layer.
+"""Loss functions on predictions and matched targets: pure functions, one number per decoder layer and slot.
 
-Every term has the signature `(predictions, pairs, assignment) -> {name: (L,)}` and returns sums; the criterion divides.
+Every term has the signature `(predictions, pairs, assignment) -> {name: (L, N)}` and returns sums over the images. The
+criterion adds the slots of a set and divides: one evaluation serves all sets that were decoded together.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LossTerm = Callable[[Predictions, TargetPairs, Assignment], dict[str, Tensor]]
 def focal_classification(
     predictions: Predictions, pairs: TargetPairs, assignment: Assignment, *, alpha: float = 0.25, gamma: float = 2.0
 ) -> dict[str, Tensor]:
-    """Return `loss_ce` (L,): the sigmoid focal loss summed over all images, slots and classes.
+    """Return `loss_ce` (L, N): the sigmoid focal loss summed over all images and classes.
 
     The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, section 5).
     Empty slots (`predictions.padding`) and `assignment.ignore` count nothing.
@@ -35,26 +36,27 @@ def focal_classification(
         loss = loss.masked_fill(predictions.padding[None, :, :, None], 0.0)
     if assignment.ignore is not None:
         loss = loss.masked_fill(assignment.ignore[..., None], 0.0)
-    return {"loss_ce": loss.sum((1, 2, 3))}
+    return {"loss_ce": loss.sum((1, 3))}
 
 
 def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Assignment) -> dict[str, Tensor]:
-    """Return `loss_bbox` and `loss_giou`, (L,) each: L1 of cxcywh and 1 - GIoU summed over the matched pairs."""
+    """Return `loss_bbox` and `loss_giou`, (L, N) each: sums over the matched pairs of L1 of cxcywh and of 1 - GIoU."""
     boxes = at_least_float32(predictions.boxes[assignment.layer, assignment.image, assignment.slot])
     l1 = (boxes - pairs.boxes).abs().sum(-1)
     giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
     if assignment.weight is not None:
         l1, giou = l1 * assignment.weight, giou * assignment.weight
     return {
-        "loss_bbox": _per_layer(l1, predictions, assignment),
-        "loss_giou": _per_layer(giou, predictions, assignment),
+        "loss_bbox": _per_slot(l1, predictions, assignment),
+        "loss_giou": _per_slot(giou, predictions, assignment),
     }
 
 
-def _per_layer(values: Tensor, predictions: Predictions, assignment: Assignment) -> Tensor:
-    """Sum `values` (P,) by the layer of their pair; without any pair the graph to the boxes is kept, with value 0."""
-    start = values.new_zeros(predictions.layers)
-    return start.index_add(0, assignment.layer, values)
+def _per_slot(values: Tensor, predictions: Predictions, assignment: Assignment) -> Tensor:
+    """Sum `values` (P,) by layer and slot; without any pair the graph to the boxes is kept, with value 0."""
+    layers, slots = predictions.layers, predictions.boxes.shape[2]
+    start = values.new_zeros(layers * slots)
+    return start.index_add(0, assignment.layer * slots + assignment.slot, values).view(layers, slots)
 
 
 @torch.no_grad()

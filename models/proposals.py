@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,18 @@ def select_top(scores: Tensor, count: int) -> Tensor:
     The order of equal scores is not defined. One small function on purpose: a test that pins the order replaces it.
     """
     return scores.topk(min(count, scores.shape[1]), dim=1).indices
+
+
+def select_unused(scores: Tensor, used: Sequence[Tensor], count: int) -> Tensor:
+    """Return the indices of the best `count` of `scores` (B, S) that are in no row of `used` [(B, K)], best first.
+
+    Fewer if not so many are left (H-DETR, supplement: the top n (K + 1) without those of the one-to-one queries).
+    """
+    if used:
+        taken = torch.cat(list(used), 1)
+        scores = scores.scatter(1, taken, -torch.inf)
+        count = min(count, scores.shape[1] - taken.shape[1])
+    return select_top(scores, count)
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from models.encoder import DeformableEncoder, xavier_matrices
 from models.heads import Heads
 from models.position_encoding import sine_embed_boxes
 from ops.module import at_least_float32
-from util.structures import Memory, Predictions, Seeds
+from util.structures import Claim, Memory, Predictions, Seeds
 
 
 class DeformableTransformer(nn.Module):
@@ -32,13 +32,29 @@ class DeformableTransformer(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
 
-    def encode(self, maps: Sequence[Tensor], positions: Sequence[Tensor], paddings: Sequence[Tensor]) -> Memory:
-        """Encode the projected maps [(B, D, h, w)]; the level embedding is added to the position encodings here."""
-        levels = [p.to(m.dtype) + e[:, None, None] for p, m, e in zip(positions, maps, self.level_embed)]
-        return self.encoder(maps, levels, paddings)
+    def encode(
+        self,
+        maps: Sequence[Tensor],
+        positions: Sequence[Tensor],
+        paddings: Sequence[Tensor],
+        encoder: nn.Module | None = None,
+    ) -> Memory:
+        """Encode the projected maps [(B, D, h, w)]; the level embedding is added to the position encodings here.
 
-    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
-        """Return the first `count` queries by rank; `table` is the weight of `query_embed`, if there is one."""
+        `encoder` takes the place of the shared one.
+        """
+        levels = [p.to(m.dtype) + e[:, None, None] for p, m, e in zip(positions, maps, self.level_embed)]
+        return (encoder or self.encoder)(maps, levels, paddings)
+
+    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
+        """Return the first queries of each claim.
+
+        Args:
+            memory: of the encoder.
+            heads: those of the encoder proposals, in two-stage.
+            table: weight of `query_embed`, if there is one.
+            claims: which ranks are wanted; they do not overlap. There may be fewer queries than a claim asks for.
+        """
         raise NotImplementedError
 
 
@@ -55,11 +71,12 @@ class LearnedQueryTransformer(DeformableTransformer):
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
-        batch = len(memory.tokens)
-        pos, content = table[:count].expand(batch, -1, -1).chunk(2, dim=-1)
+    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
+        rows = table[: max(c.stop for c in claims)].expand(len(memory.tokens), -1, -1)
+        pos, content = rows.chunk(2, dim=-1)
         reference = at_least_float32(self.reference_points(pos)).sigmoid()
-        return Seeds(content, pos, reference)
+        parts = [slice(c.start, c.stop) for c in claims]
+        return [Seeds(content[:, part], pos[:, part], reference[:, part]) for part in parts]
 
 
 class TwoStageTransformer(DeformableTransformer):
@@ -89,28 +106,47 @@ class TwoStageTransformer(DeformableTransformer):
         xavier_matrices(self.enc_output)
         xavier_matrices(self.pos_trans)
 
-    def propose(self, memory: Memory, heads: Heads) -> tuple[Predictions, Tensor]:
+    def propose(self, memory: Memory, heads: Heads) -> tuple[Predictions, Tensor, Tensor]:
         """Score every token as a proposal.
 
         Returns:
-            The predictions of the set `encoder` (L = 1, N = S) and the box logits (B, S, 4), +inf at invalid tokens.
-            Invalid tokens are zeroed before the projection, so they all carry the same vector and the same score.
+            The predictions of the set `encoder` (L = 1, N = S), the box logits (B, S, 4), +inf at invalid tokens, and
+            the projected tokens (B, S, D) that the heads saw. Invalid tokens are zeroed before the projection, so they
+            all carry the same vector and the same score.
         """
         prior, invalid = proposals.proposal_logits(memory.padding, memory.shapes)
         tokens = memory.tokens.masked_fill(invalid[..., None], 0.0)
         tokens = self.enc_output_norm(self.enc_output(tokens))
         scores = at_least_float32(heads.class_embed[-1](tokens))
         box_logits = at_least_float32(heads.bbox_embed[-1](tokens)) + prior
-        return Predictions(scores[None], box_logits.sigmoid()[None]), box_logits
+        return Predictions(scores[None], box_logits.sigmoid()[None]), box_logits, tokens
 
-    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, count: int) -> Seeds:
-        encoder, box_logits = self.propose(memory, heads)
-        # Class 0 stands for "object": the class-agnostic loss of the set `encoder` puts every target there.
-        best = proposals.select_top(encoder.logits[0, ..., 0].detach(), count)
-        boxes = proposals.gather_rows(box_logits.detach(), best).sigmoid()
+    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
+        encoder, box_logits, tokens = self.propose(memory, heads)
+        ranked = [c.stop for c in claims if c.scorer is None]
+        best = proposals.select_top(_objectness(encoder), max(ranked)) if ranked else None
+        chosen: list[Tensor] = []
+        seen: list[Predictions] = []
+        for claim in claims:
+            if claim.scorer is None:
+                chosen.append(best[:, claim.start : claim.stop])
+                seen.append(encoder)
+            else:
+                scores = at_least_float32(claim.scorer(tokens))
+                seen.append(Predictions(scores[None], encoder.boxes))
+                chosen.append(proposals.select_unused(_objectness(seen[-1]), chosen, claim.count))
+        boxes = proposals.gather_rows(box_logits.detach(), torch.cat(chosen, 1)).sigmoid()
         embedded = sine_embed_boxes(boxes, self.pos_trans.in_features // 4)
         pos, content = self.pos_trans_norm(self.pos_trans(embedded)).chunk(2, dim=-1)
+        sizes = [index.shape[1] for index in chosen]
+        contents = content.split(sizes, 1)
         if self.mixed_selection:
             # The second half is thrown away, but the norm still runs over both halves.
-            content = table[: best.shape[1]].expand(len(best), -1, -1)
-        return Seeds(content, pos, boxes, encoder)
+            rows = [table[c.start : c.start + size] for c, size in zip(claims, sizes)]
+            contents = [row.expand(len(boxes), -1, -1) for row in rows]
+        return [Seeds(*parts) for parts in zip(contents, pos.split(sizes, 1), boxes.split(sizes, 1), seen)]
+
+
+def _objectness(encoder: Predictions) -> Tensor:
+    """Return the scores (B, S) of proposals: class 0 is "object", where the class-agnostic loss puts all targets."""
+    return encoder.logits[0, ..., 0].detach()

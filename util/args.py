@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 
-from util.errors import UserError
-
 SWITCH = argparse.BooleanOptionalAction
 
 
@@ -123,6 +121,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "pycocotools", "faster"],
         help="AP implementation; auto: faster-coco-eval if installed, else pycocotools",
     )
+    group.add_argument("--nms_iou", default=0.0, type=float, help="IoU above which NMS drops a detection; 0: no NMS")
+    group.add_argument("--eval_group", default="one2one", help="evaluate this group of queries, as one2many")
 
 
 def _add_synthetic(parser: argparse.ArgumentParser) -> None:
@@ -147,10 +147,15 @@ def _add_backbone(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("backbone")
     group.add_argument("--backbone", default="resnet50", help="resnet18/34/50/101, swin_tiny, swin_small, ...")
     group.add_argument(
-        "--backbone_weights", default="default", help="default (download ImageNet weights), none, or a file"
+        "--backbone_weights",
+        default="default",
+        help="default (download ImageNet weights), none, a file, or for Swin a timm name, for example "
+        "swin_tiny_patch4_window7_224.ms_in22k",
     )
     group.add_argument(
-        "--pretrained_backbone_path", default="", help="published Swin file; the same as --backbone_weights PATH"
+        "--pretrained_backbone_path",
+        default="",
+        help="the same as --backbone_weights PATH or NAME: a published, timm's or safetensors file of Swin weights",
     )
     group.add_argument(
         "--backbone_norm",
@@ -227,6 +232,36 @@ def _add_hybrid(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--k_one2many", default=5, type=int, help="K, how often a target may be matched; 0: branch off")
     group.add_argument("--lambda_one2many", default=1.0, type=float, help="weight of the one-to-many losses")
+    group.add_argument(
+        "--one2many_groups",
+        default="joint",
+        choices=["joint", "isolated"],
+        help="joint: T queries see each other and share K copies of the targets; isolated: K blind groups of T / K "
+        "queries, each matched one-to-one (H-TransTrack)",
+    )
+    group.add_argument(
+        "--one2many_proposals",
+        default="rank",
+        choices=["rank", "own"],
+        help="with --two_stage, the T proposals are rank: those after the one-to-one queries'; own: the best of the "
+        "rest for a second class head, taught with K + 1 copies (H-DETR, supplement)",
+    )
+    group.add_argument(
+        "--one2many_own",
+        default="nothing",
+        choices=["nothing", "class", "heads", "decoder", "encoder"],
+        help="what the one-to-many branch does not share: class heads; and box heads; and decoder; and encoder",
+    )
+    group.add_argument(
+        "--hybrid",
+        default="branch",
+        choices=["branch", "epoch", "layer"],
+        help="branch: the flags above; epoch, layer: one-to-many for the queries of inference, in the first epochs or "
+        "on the first decoder layers",
+    )
+    group.add_argument("--hybrid_k", default=10, type=int, help="K of --hybrid epoch and layer")
+    group.add_argument("--hybrid_rho", default=2 / 3, type=float, help="share of one-to-many epochs in --hybrid epoch")
+    group.add_argument("--hybrid_layers", default=4, type=int, help="one-to-many decoder layers L1 in --hybrid layer")
 
 
 def _add_losses(parser: argparse.ArgumentParser) -> None:
@@ -324,73 +359,3 @@ def _add_logging(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--eval_every", default=1, type=int, help="epochs between evaluations; the last is always done")
     group.add_argument("--draw", default=8, type=int, help="evaluated images drawn with boxes into OUTPUT_DIR/pictures")
     group.add_argument("--tensorboard", action=SWITCH, default=True, help="write TensorBoard files if it is installed")
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuse impossible combinations before anything is built.
-
-    Raises:
-        UserError: says which flag to change. All findings are listed at once.
-    """
-    wrong = [message for broken, message in _rules(args) if broken]
-    if wrong:
-        raise UserError("this command line cannot work:\n  " + "\n  ".join(wrong))
-
-
-def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Return pairs (broken, what is wrong and the way out)."""
-    levels = a.num_feature_levels
-    positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
-    positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
-    positive += "save_every eval_every max_nonfinite print_freq".split()
-    positive += "recipe_batch_size lr_drop max_size dist_timeout".split()
-    not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
-    not_negative += "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many".split()
-    not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef".split()
-    rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
-    rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
-    for n in ("train_scales", "crop_scales", "crop_range"):
-        rules.append((min(getattr(a, n)) < 1, f"--{n} {getattr(a, n)}: sides must be at least 1 pixel"))
-    rules += [
-        (
-            a.two_stage and not a.with_box_refine,
-            "--two_stage needs --with_box_refine: add it (proposals are 4-D boxes)",
-        ),
-        (a.mixed_selection and not a.two_stage, "--mixed_selection needs --two_stage --with_box_refine: add them"),
-        (
-            a.look_forward_twice and not a.with_box_refine,
-            "--look_forward_twice needs --with_box_refine: without refinement there is no new reference to look at",
-        ),
-        (levels < 1 or levels == 2, f"--num_feature_levels {levels}: use 1 (last map only), 3, 4 or more"),
-        (
-            a.nheads > 0 and a.hidden_dim % a.nheads != 0,
-            f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}",
-        ),
-        (a.hidden_dim % 32 != 0, f"--hidden_dim {a.hidden_dim}: must be a multiple of 32 (GroupNorm with 32 groups)"),
-        (
-            a.set_cost_class == a.set_cost_bbox == a.set_cost_giou == 0,
-            "--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: give at least one a weight",
-        ),
-        (a.eval and not a.resume, "--eval needs --resume CHECKPOINT: without it untrained weights would be evaluated"),
-        (
-            bool(a.resume) and a.resume != "auto" and bool(a.init_from),
-            "--resume continues a run and --init_from starts one: give one of them (or --resume auto with --init_from)",
-        ),
-        (a.resume == "auto" and not a.output_dir, "--resume auto looks into --output_dir: give one"),
-        (a.init_class_rows and not a.init_from, "--init_class_rows needs --init_from CHECKPOINT"),
-        (bool(a.train_images) != bool(a.train_json), "--train_images and --train_json belong together: give both"),
-        (bool(a.val_images) != bool(a.val_json), "--val_images and --val_json belong together: give both"),
-        (
-            bool(a.train_json) != bool(a.val_json) and not a.eval and not (a.train_json and a.eval_in_training_set),
-            "--train_json and --val_json belong together: training is evaluated after every epoch",
-        ),
-        (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
-        (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
-        (not 0 <= a.drop_path_rate < 1, f"--drop_path_rate {a.drop_path_rate}: must be in [0, 1)"),
-        (not 0 <= a.focal_alpha <= 1, f"--focal_alpha {a.focal_alpha}: must be in [0, 1]"),
-        (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
-        (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
-        (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
-        (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
-    ]
-    return rules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou, generalized_box_iou
+from torchvision.ops import box_convert, box_iou
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -17,24 +17,21 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     return box_iou(a, b)
 
 
-def pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the generalised IoU of all pairs, (..., N, M), of corner boxes (..., N, 4) and (M, 4)."""
-    flat = generalized_box_iou(a.reshape(-1, 4), b)
-    return flat.reshape(*a.shape[:-1], len(b))
-
-
 def paired_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the generalised IoU, (P,), of the corner boxes (P, 4) `a` and `b`, row by row.
+    """Return the generalised IoU, (...), of the corner boxes `a` and `b`, (..., 4) each or broadcast to it.
 
     No assertion on well-formed boxes: a check would synchronise with the device. Non-finite boxes give non-finite
     values, which the training step finds and names.
     """
-    left_top, right_bottom = torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:])
-    inter = (right_bottom - left_top).clamp(min=0).prod(1)
-    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - inter
-    hull = torch.maximum(a[:, 2:], b[:, 2:]) - torch.minimum(a[:, :2], b[:, :2])
-    hull_area = hull.clamp(min=0).prod(1)
-    return inter / union - (hull_area - union) / hull_area
+    (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)).clamp(min=0)
+    height = (torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)).clamp(min=0)
+    inter = width * height
+    union = (right_a - left_a) * (bottom_a - top_a) + (right_b - left_b) * (bottom_b - top_b) - inter
+    width = (torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)).clamp(min=0)
+    height = (torch.maximum(bottom_a, bottom_b) - torch.minimum(top_a, top_b)).clamp(min=0)
+    hull = width * height
+    return inter / union - (hull - union) / hull
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LevelShapes = tuple[tuple[int, int], ...]
 
@@ -71,6 +72,30 @@ class Target(_Movable):
 
 
 @dataclass
+class FlatTargets:
+    """The targets of a batch, one image after the other: M is their number in all images."""
+
+    labels: Tensor  # (M,) int64
+    boxes: Tensor  # (M, 4) cxcywh in [0, 1]
+    image: Tensor  # (M,) int64, index in the batch
+    starts: Tensor  # (B,) int64, index of the first target of each image
+    sizes: list[int]  # number of targets of each image
+    image_ids: list[int]
+
+    @classmethod
+    def of(cls, targets: Sequence[Target], *, class_agnostic: bool = False) -> FlatTargets:
+        """Lay `targets` flat; with `class_agnostic` all of them are class 0."""
+        labels, boxes = torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets])
+        sizes = [len(t) for t in targets]
+        image = [i for i, size in enumerate(sizes) for _ in range(size)]
+        starts = [0, *accumulate(sizes)][:-1]
+        index = torch.tensor(image + starts, dtype=torch.int64).to(labels.device, non_blocking=True)
+        ids = [t.image_id for t in targets]
+        labels = torch.zeros_like(labels) if class_agnostic else labels
+        return cls(labels, boxes, *index.split([len(image), len(starts)]), sizes, ids)
+
+
+@dataclass
 class Memory:
     """Encoder output, flattened over levels (level by level, row-major)."""
 
@@ -109,7 +134,7 @@ class Assignment:
 
     layer: Tensor  # (P,) int64, index into the supervised layers
     image: Tensor  # (P,) int64
-    slot: Tensor  # (P,) int64
+    slot: Tensor  # (P,) int64, index into the set; what an assigner returns counts in the predictions it was given
     target: Tensor  # (P,) int64, index into the targets of that image
     weight: Tensor | None = None  # (P,), None = 1; may carry gradient (soft matching)
     ignore: Tensor | None = None  # (L, B, N) slots left out of the class loss
@@ -128,9 +153,15 @@ class Supervision:
     layers: range | None = None  # decoder layers it teaches; None = all
     weight: float = 1.0  # lambda of the scheme
     repeat: int = 1  # k: a target may be matched k times
+    blocks: int = 1  # cut the slots into so many equal blocks, each matched with all targets on its own
     class_agnostic: bool = False  # two-stage: all targets are class 0
-    count: Literal["targets", "positives"] = "targets"  # targets x repeat, or the number of matched pairs
+    count: Literal["targets", "positives"] = "targets"  # targets x copies, or the number of matched pairs
     terms: tuple[str, ...] = ("labels", "boxes")
+
+    @property
+    def copies(self) -> int:
+        """How often a target may be matched in one layer."""
+        return self.repeat * self.blocks
 
 
 @dataclass
@@ -150,6 +181,19 @@ class QueryGroup:
         return self.content.shape[1]
 
 
+@dataclass(frozen=True)
+class Claim:
+    """What a group source wants of the first queries."""
+
+    start: int  # its first rank, and its first row of the table of learned queries
+    count: int
+    scorer: nn.Module | None = None  # (B, S, D) -> (B, S, C): ranks the proposals in place of the shared class head
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count
+
+
 @dataclass
 class Seeds:
     """Ranked first queries of the decoder, best first, and what was predicted while ranking them."""
@@ -157,12 +201,7 @@ class Seeds:
     content: Tensor  # (B, K, D)
     pos: Tensor  # (B, K, D)
     reference: Tensor  # (B, K, 2 or 4) in (0, 1)
-    encoder: Predictions | None = None  # two-stage: class-agnostic scores and boxes of all S tokens
-
-    def rows(self, start: int, count: int) -> Seeds:
-        """Return the seeds of rank [start, start + count)."""
-        part = slice(start, start + count)
-        return Seeds(self.content[:, part], self.pos[:, part], self.reference[:, part], self.encoder)
+    encoder: Predictions | None = None  # two-stage: class-agnostic scores and boxes of all S tokens, as ranked
 
 
 @dataclass
@@ -175,10 +214,20 @@ class TargetPairs:
 
 @dataclass
 class SupervisedSet:
-    """Predictions that are supervised together and how: `encoder`, `one2one`, `one2many`, `dn`, ..."""
+    """Predictions that are supervised together and how: `encoder`, `one2one`, `one2many`, `dn`, ...
+
+    Sets that were decoded together are cut out of one `stack`. Costs and losses are evaluated once on the stack, not
+    once for each set; without a stack the set stands alone.
+    """
 
     predictions: Predictions
     supervision: tuple[Supervision, ...]
+    stack: Predictions | None = None
+    start: int = 0  # the first slot of this set in `stack`
+
+    def __post_init__(self) -> None:
+        if self.stack is None:
+            self.stack = self.predictions
 
 
 @dataclass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,19 +12,29 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from models.assign.costs import class_cost, giou_cost, l1_cost
-from util.structures import Assignment, Predictions, Supervision, Target
+from util.structures import Assignment, FlatTargets, Predictions, Supervision
 
 UNMATCHABLE = 1e6  # stands for a non-finite cost: far above any real one, small enough to keep sums exact
+COSTS_AT_ONCE = 2**23  # entries that are computed together; bounds the memory of crowded batches
 
 
 @dataclass
 class Request:
-    """Predictions of one set that want targets."""
+    """Slots of some predictions that want targets.
+
+    Requests with the same `predictions` and `targets` are different parts of them; their costs are computed together.
+    """
 
     name: str  # of the set, for messages
     predictions: Predictions
-    targets: list[Target]  # labels already 0 where the supervision is class-agnostic
+    targets: FlatTargets  # labels already 0 where the supervision is class-agnostic
     supervision: Supervision
+    layers: Sequence[int] = ()  # layers of `predictions` that are meant, empty = all
+    slots: slice = field(default_factory=lambda: slice(None))
+
+    def __post_init__(self) -> None:
+        self.layers = self.layers or range(self.predictions.layers)
+        self.slots = slice(*self.slots.indices(self.predictions.logits.shape[2]))
 
 
 class HungarianMatcher:
@@ -43,56 +53,90 @@ class HungarianMatcher:
     def __call__(self, requests: Sequence[Request]) -> list[Assignment]:
         """Match every request on all its layers.
 
-        The costs of all sets, layers and images are computed on the device and copied to the host together. Slots are
-        ascending within a layer and image; min(N, k M) pairs each, target indices modulo M.
-        """
-        costs = [[self.cost(r.predictions, t, i) for i, t in enumerate(r.targets)] for r in requests]
-        host = _to_host([block for blocks in costs for block in blocks])
-        shapes = [[tuple(block.shape) for block in blocks] for blocks in costs]
-        solved = [self._solve(r, blocks, host) for r, blocks in zip(requests, shapes)]
-        return _to_device(requests, solved)
+        The costs of all sets, layers and images are computed on the device, once for all requests that share their
+        predictions, and copied to the host together. Copies of a target exist in the solver only.
 
-    def cost(self, predictions: Predictions, target: Target, image: int) -> Tensor:
-        """Return the cost block of one image, (L, N, M), float32 on the device of the predictions."""
-        logits, boxes = predictions.logits[:, image].float(), predictions.boxes[:, image].float()
+        Returns:
+            For each request min(N, k M) pairs per layer and image, slots ascending, layers and slots counted in
+            `predictions`, targets in their image.
+        """
+        keys = [(id(r.predictions), id(r.targets)) for r in requests]
+        different = dict(zip(keys, requests))
+        costs = _to_host([self.costs(r.predictions, r.targets) for r in different.values()])
+        by_key = dict(zip(different, costs))
+        return _to_device(requests, [_solve(r, by_key[key]) for r, key in zip(requests, keys)])
+
+    def costs(self, predictions: Predictions, targets: FlatTargets) -> Tensor:
+        """Return what it costs to give a target to a slot of its image, (M, L, N) float32: no padding, no loop."""
+        entries = predictions.layers * predictions.logits.shape[2]
+        step = max(COSTS_AT_ONCE // max(entries, 1), 1)
+        total = len(targets.labels)
+        return torch.cat([self._costs(predictions, targets, slice(i, i + step)) for i in range(0, max(total, 1), step)])
+
+    def _costs(self, predictions: Predictions, targets: FlatTargets, part: slice) -> Tensor:
+        image = targets.image[part]
+        logits = predictions.logits[:, image, :, targets.labels[part]].float()
+        # The coordinate comes first in memory: whole planes are faster than every fourth number.
+        planes = predictions.boxes.float().permute(3, 1, 0, 2).contiguous()
+        boxes = planes[:, image].movedim(0, -1)
+        own = targets.boxes[part, None, None].float()
         return (
-            self.cost_class * class_cost(logits, target.labels)
-            + self.cost_bbox * l1_cost(boxes, target.boxes)
-            + self.cost_giou * giou_cost(boxes, target.boxes)
+            self.cost_class * class_cost(logits)
+            + self.cost_bbox * l1_cost(boxes, own)
+            + self.cost_giou * giou_cost(boxes, own)
         )
 
-    @staticmethod
-    def _solve(request: Request, shapes: list[tuple[int, ...]], host: _Reader) -> np.ndarray:
-        """Return the pairs of one request, (4, P) int64: layer, image, slot, target."""
-        pairs = [np.empty((4, 0), np.int64)]
-        for image, (shape, target) in enumerate(zip(shapes, request.targets)):
-            for layer, cost in enumerate(host.take(shape)):
-                cost = _finite(cost, f"set {request.name}, layer {layer}, image id {target.image_id}")
-                slots, columns = linear_sum_assignment(np.tile(cost, request.supervision.repeat))
-                found = np.empty((4, len(slots)), np.int64)
-                found[0], found[1], found[2] = layer, image, slots
-                found[3] = columns % max(cost.shape[1], 1)
-                pairs.append(found)
-        return np.concatenate(pairs, 1)
+
+def _solve(request: Request, costs: np.ndarray) -> np.ndarray:
+    """Return the pairs of one request, (4, P) int64: layer, image, slot, target."""
+    pairs = [np.empty((4, 0), np.int64)]
+    for image, own in _by_image(costs, request.targets.sizes):
+        for layer in request.layers:
+            where = f"set {request.name}, layer {layer}, image id {request.targets.image_ids[image]}"
+            block = _finite(own[:, layer, request.slots], where)
+            slots, columns = match(block, repeat=request.supervision.repeat, blocks=request.supervision.blocks)
+            found = np.empty((4, len(slots)), np.int64)
+            found[0], found[1], found[2], found[3] = layer, image, slots + request.slots.start, columns
+            pairs.append(found)
+    return np.concatenate(pairs, 1)
 
 
-class _Reader:
-    """Reads blocks one after the other out of a flat array."""
-
-    def __init__(self, flat: np.ndarray) -> None:
-        self.flat, self.position = flat, 0
-
-    def take(self, shape: tuple[int, ...]) -> np.ndarray:
-        size = int(np.prod(shape))
-        block = self.flat[self.position : self.position + size].reshape(shape)
-        self.position += size
-        return block
+def _by_image(costs: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield each image that has targets and the rows of its targets."""
+    start = 0
+    for image, size in enumerate(sizes):
+        if size:
+            yield image, costs[start : start + size]
+        start += size
 
 
-def _to_host(blocks: list[Tensor]) -> _Reader:
+def match(cost: np.ndarray, *, repeat: int = 1, blocks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Return the slots (ascending) and targets of the cheapest matching of one image and layer.
+
+    Args:
+        cost: (M, N) of targets and slots, finite.
+        repeat: how many slots a target may get in a block.
+        blocks: into how many equal parts the slots are cut, each matched on its own.
+    """
+    targets, width = len(cost), cost.shape[1] // blocks
+    slots, columns = [], []
+    for first in range(0, width * blocks, width or 1):
+        # The same list k times, one after the other: t1 t2 t3 t1 t2 t3, as published.
+        rows, found = linear_sum_assignment(np.tile(cost[:, first : first + width], (repeat, 1)))
+        order = found.argsort()
+        slots.append(found[order] + first)
+        columns.append(rows[order] % targets)
+    empty = np.empty(0, np.int64)
+    return np.concatenate([empty, *slots]), np.concatenate([empty, *columns])
+
+
+def _to_host(blocks: Sequence[Tensor]) -> list[np.ndarray]:
+    """Copy all `blocks` to the host together."""
     if not blocks:
-        return _Reader(np.empty(0, np.float32))
-    return _Reader(torch.cat([b.flatten() for b in blocks]).cpu().numpy())
+        return []
+    flat = torch.cat([b.flatten() for b in blocks]).cpu().numpy()
+    parts = np.split(flat, np.cumsum([b.numel() for b in blocks])[:-1])
+    return [part.reshape(tuple(block.shape)) for part, block in zip(parts, blocks)]
 
 
 def _to_device(requests: Sequence[Request], solved: list[np.ndarray]) -> list[Assignment]:
@@ -107,8 +151,8 @@ def _to_device(requests: Sequence[Request], solved: list[np.ndarray]) -> list[As
     assignments = []
     for request, pairs in zip(requests, flat.split([s.shape[1] for s in solved], dim=1)):
         supervision = request.supervision
-        targets = sum(len(t) for t in request.targets) * supervision.repeat
-        matched = pairs.shape[1] / max(request.predictions.layers, 1)
+        targets = sum(request.targets.sizes) * supervision.copies
+        matched = pairs.shape[1] / max(len(request.layers), 1)
         count = targets if supervision.count == "targets" else matched
         assignments.append(Assignment(*pairs, count=float(count)))
     return assignments

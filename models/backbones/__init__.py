@@ -73,17 +73,11 @@ def _build_resnet(args: Namespace) -> ResNetBackbone:
 def _build_swin(args: Namespace) -> SwinBackbone:
     if args.dilation:
         raise UserError(f"--dilation is for resnet50 and resnet101, not for {args.backbone}")
-    weights = _weights(args)
-    if weights == "default":
-        raise UserError(
-            f"there is no download for {args.backbone}: give the file of ImageNet weights with "
-            "--pretrained_backbone_path PATH, or start from random weights with --backbone_weights none"
-        )
     return SwinBackbone(
         args.backbone,
         train_backbone=args.lr_backbone > 0,
         stages=(1, 2, 3) if args.num_feature_levels > 1 else (3,),
-        weights=weights,
+        weights=_weights(args),
         drop_path_rate=args.drop_path_rate,
         use_checkpoint=args.use_checkpoint,
     )

@@ -1,16 +1,14 @@
 """ResNet backbones of torchvision, with frozen batch norm as in DETR (arXiv 2005.12872, section 4)."""
 
-import os
 import pickle
 from http.client import HTTPException
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torchvision
 from torch import Tensor, nn
 
-from models.backbones.weights import load_exactly, read_state_dict
+from models.backbones.weights import first_process_first, load_exactly, read_state_dict
 from util.errors import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -119,7 +117,7 @@ class ResNetBackbone(nn.Module):
 
 def _load_weights(body: nn.Module, name: str, weights: str) -> None:
     if weights == "default":
-        state, source = _download(name), f"of torchvision for {name}"
+        state, source = first_process_first(lambda: _fetch(name)), f"of torchvision for {name}"
     else:
         state, source = read_state_dict(weights), weights
     counters = {key for key in body.state_dict() if key.endswith("num_batches_tracked")}  # none with frozen norms
@@ -131,19 +129,8 @@ def _load_weights(body: nn.Module, name: str, weights: str) -> None:
     load_exactly(body, state, source, may_miss=counters)
 
 
-def _download(name: str) -> dict[str, Tensor]:
-    """Return torchvision's IMAGENET1K_V1 weights; in a distributed run one process per machine downloads, all load."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return _fetch(name)
-    first = int(os.environ.get("LOCAL_RANK", dist.get_rank())) == 0
-    try:
-        state = _fetch(name) if first else None
-    finally:
-        dist.barrier()  # reached also after a failure, so that the other processes report it instead of waiting
-    return state if first else _fetch(name)
-
-
 def _fetch(name: str) -> dict[str, Tensor]:
+    """Return torchvision's IMAGENET1K_V1 weights, from the cache of torch.hub or downloaded into it."""
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
         return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -4,7 +4,6 @@ Maps are (B, h, w, C) inside. As in the published detectors, every map is padded
 shrinks, padding cells take part in the attention as zeros, and odd blocks shift even when there is one window only.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-from models.backbones.weights import load_exactly, read_state_dict
+from models.backbones.swin_weights import load_swin_weights
 from util.errors import UserError
 
 PATCH = 4
@@ -22,21 +21,22 @@ BLOCKED = -100.0  # added to logits between regions; not -inf, as in the publish
 
 @dataclass(frozen=True)
 class SwinSize:
-    """Sizes of a published model."""
+    """Sizes of a published model, and timm's name of the ImageNet weights that detectors start from."""
 
     embed_dim: int
     depths: tuple[int, ...]
     num_heads: tuple[int, ...]
-    window_size: int = 7
+    window_size: int
+    imagenet: str
 
 
-SWINS = {
-    "swin_tiny": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24)),
-    "swin_small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24)),
-    "swin_base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32)),
-    "swin_base_window12": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), window_size=12),
-    "swin_large": SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48)),
-    "swin_large_window12": SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), window_size=12),
+SWINS = {  # ImageNet-1k for the small ones, ImageNet-22k for the large ones (H-DETR, arXiv 2207.13080)
+    "swin_tiny": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), 7, "swin_tiny_patch4_window7_224.ms_in1k"),
+    "swin_small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), 7, "swin_small_patch4_window7_224.ms_in1k"),
+    "swin_base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 7, "swin_base_patch4_window7_224.ms_in22k"),
+    "swin_base_window12": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), 12, "swin_base_patch4_window12_384.ms_in22k"),
+    "swin_large": SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 7, "swin_large_patch4_window7_224.ms_in22k"),
+    "swin_large_window12": SwinSize(192, (2, 2, 18, 2), (6, 12, 24, 48), 12, "swin_large_patch4_window12_384.ms_in22k"),
 }
 
 
@@ -235,8 +235,8 @@ class SwinBackbone(nn.Module):
         name: a key of `SWINS`.
         train_backbone: False freezes everything and switches stochastic depth off.
         stages: the stages (0 to 3, ascending) whose maps are returned.
-        weights: "none" (random), a file of ImageNet weights in the official naming, see `load_swin_weights`, or
-            "checkpoint" (random now: a checkpoint will fill it).
+        weights: "default" (ImageNet, downloaded if need be: `SwinSize.imagenet`), "none" (random), a file or a timm
+            name, see `load_swin_weights`, or "checkpoint" (random now: a checkpoint will fill it).
         drop_path_rate, use_checkpoint: see `SwinTransformer`.
 
     Attributes:
@@ -270,7 +270,7 @@ class SwinBackbone(nn.Module):
         self.strides = tuple(PATCH * 2**stage for stage in stages)
         self.channels = tuple(size.embed_dim * 2**stage for stage in stages)
         if weights not in ("none", "checkpoint"):
-            load_swin_weights(self.body, weights)
+            load_swin_weights(self.body, size.imagenet if weights == "default" else weights)
         self.requires_grad_(train_backbone)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -314,40 +314,6 @@ def from_windows(windows: Tensor, size: int, shape: tuple[int, ...]) -> Tensor:
     batch, height, width, dim = shape
     x = windows.view(batch, height // size, width // size, size, size, dim)
     return x.transpose(2, 3).reshape(batch, height, width, dim)
-
-
-def load_swin_weights(body: SwinTransformer, path: str) -> None:
-    """Load a file of ImageNet weights in the official naming (state dict, or one under `state_dict` or `model`).
-
-    Classifier and final norm are left out, the norms of the outputs stay as they are. Bias tables of another window
-    size are resized. Raises UserError when anything else does not fit.
-    """
-    own = body.state_dict()
-    last = len(body.layers) - 1
-    unused = ("head.", "norm.", f"layers.{last}.downsample.", *(f"layers.{s}." for s in range(last + 1, 4)))
-    state = {}
-    for name, value in read_state_dict(path).items():
-        if name.startswith(unused) or name.endswith(("relative_position_index", "attn_mask")):
-            continue
-        if name.endswith("relative_position_bias_table") and name in own:
-            value = resize_bias_table(value, len(own[name]))
-        state[name] = value
-    fresh = [name for name in own if name.endswith("relative_position_index")]
-    fresh += [f"norm{stage}.{part}" for stage in body.out_stages for part in ("weight", "bias")]
-    load_exactly(body, state, path, may_miss=fresh)
-
-
-def resize_bias_table(table: Tensor, rows: int) -> Tensor:
-    """Return the bias table (R, heads) for another window size: (`rows`, heads), both (2 window - 1)**2 rows.
-
-    Each head is a square image of offsets (dy, dx), resized by bicubic interpolation; values are not rescaled.
-    """
-    old, new = math.isqrt(len(table)), math.isqrt(rows)
-    if old == new or old * old != len(table):
-        return table
-    image = table.T.reshape(1, -1, old, old)
-    image = F.interpolate(image, size=(new, new), mode="bicubic", align_corners=False)
-    return image.view(-1, rows).T.contiguous()
 
 
 def _init_linear(module: nn.Module) -> None:

@@ -4,28 +4,69 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from models.groups.base import Context, GroupSource, visibility
-from models.groups.hybrid import OneToMany
+from models.groups.base import Context, GroupSource, OwnParts
+from models.groups.hybrid import HybridEpoch, HybridLayer, OneToMany
 from models.groups.matching import OneToOne
+from models.parts import build_decoder, build_encoder, build_heads
+from util.errors import UserError
 
-__all__ = ["BUILDERS", "Context", "GroupSource", "build_groups", "visibility"]
+__all__ = ["BUILDERS", "Context", "GroupSource", "OwnParts", "build_groups"]
 
 
 def _one2one(args: Namespace) -> GroupSource | None:
-    return OneToOne(args.num_queries_one2one)
+    queries = args.num_queries_one2one
+    if args.hybrid == "epoch":
+        return HybridEpoch(queries, repeat=args.hybrid_k, epochs=round(args.hybrid_rho * args.epochs))
+    if args.hybrid == "layer":
+        return HybridLayer(queries, repeat=args.hybrid_k, first=args.hybrid_layers, layers=args.dec_layers)
+    return OneToOne(queries)
 
 
 def _one2many(args: Namespace) -> GroupSource | None:
     if args.num_queries_one2many == 0 or args.k_one2many == 0:
         return None
-    return OneToMany(args.num_queries_one2many, repeat=args.k_one2many, weight=args.lambda_one2many)
+    return OneToMany(
+        args.num_queries_one2many,
+        repeat=args.k_one2many,
+        weight=args.lambda_one2many,
+        isolated=args.one2many_groups == "isolated",
+        proposal_embed=build_heads(args).class_embed[-1] if args.one2many_proposals == "own" else None,
+        own=_own_parts(args, OWN_PARTS.index(args.one2many_own)),
+    )
 
+
+def _own_parts(args: Namespace, depth: int) -> OwnParts | None:
+    """Return the first `depth` of class heads, box heads, decoder and encoder."""
+    if depth == 0:
+        return None
+    heads = build_heads(args)
+    # Without an encoder of their own these queries have no proposals of their own: no head that nothing trains.
+    layers = args.dec_layers + (args.two_stage and depth > 3)
+    return OwnParts(
+        class_embed=heads.class_embed[:layers],
+        bbox_embed=heads.bbox_embed[:layers] if depth > 1 else None,
+        decoder=build_decoder(args) if depth > 2 else None,
+        encoder=build_encoder(args) if depth > 3 else None,
+    )
+
+
+# What `--one2many_own` adds, each to the one before (H-DETR, supplement, sharing).
+OWN_PARTS = ("nothing", "class", "heads", "decoder", "encoder")
 
 # In the order in which they take ranked queries; a scheme is on when its flags ask for something.
 BUILDERS = (_one2one, _one2many)
 
 
 def build_groups(args: Namespace) -> list[GroupSource]:
-    """Return the group sources that the flags ask for."""
+    """Return the group sources that the flags ask for; the one that is evaluated lives in inference too.
+
+    Raises:
+        UserError: for an unknown `--eval_group`.
+    """
     built = [build(args) for build in BUILDERS]
-    return [source for source in built if source is not None]
+    sources = [source for source in built if source is not None]
+    names = [source.name for source in sources]
+    if args.eval_group not in names:
+        raise UserError(f"--eval_group {args.eval_group}: these flags make the groups {', '.join(names)}")
+    sources[names.index(args.eval_group)].training_only = False
+    return sources

@@ -1,15 +1,13 @@
-"""Query groups: what a training scheme contributes to the decoder, and which queries see each other."""
+"""Query groups: what a training scheme contributes to the decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from util.structures import ImageBatch, Memory, QueryGroup, Seeds, Target
+from models.heads import Heads
+from util.structures import ImageBatch, Memory, QueryGroup, Seeds, Supervision, Target
 
 
 @dataclass
@@ -23,11 +21,43 @@ class Context:
     epoch: int
 
 
+class OwnParts(nn.Module):
+    """Parts that the queries of a source do not share with the other queries; None = shared.
+
+    Args:
+        encoder, decoder: modules in place of the transformer's.
+        class_embed, bbox_embed: heads by decoder layer, in place of the detector's. With an own encoder entry
+            `dec_layers` belongs to its proposals, as in the shared heads.
+    """
+
+    def __init__(
+        self,
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        class_embed: nn.ModuleList | None = None,
+        bbox_embed: nn.ModuleList | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.class_embed, self.bbox_embed = class_embed, bbox_embed
+
+    def over(self, shared: Heads) -> Heads:
+        """Return the heads of these queries: the own ones where there are some, else the `shared` ones."""
+        if self.class_embed is None and self.bbox_embed is None:
+            return shared
+        return Heads(self.class_embed or shared.class_embed, self.bbox_embed or shared.bbox_embed)
+
+
 class GroupSource(nn.Module):
     """Makes the queries of one scheme and says how they are taught. One file per scheme, next to this one."""
 
+    name: str  # of its group, and of its parameters in the state dict: `groups.NAME.*`
     num_queries: int = 0  # how many ranked first queries it consumes
     training_only: bool = True  # silent in `eval()`: inference needs no switch
+    proposal_embed: nn.Linear | None = None  # class head that ranks the encoder proposals for this source only
+    proposal_supervision: tuple[Supervision, ...] = ()  # how that head is taught
+    own: OwnParts | None = None
 
     @property
     def alive(self) -> bool:
@@ -37,22 +67,3 @@ class GroupSource(nn.Module):
     def forward(self, ctx: Context) -> list[QueryGroup]:
         """Return the groups of this scheme for one batch."""
         raise NotImplementedError
-
-
-def visibility(groups: Sequence[QueryGroup], device: torch.device) -> Tensor | None:
-    """Return who may attend to whom, (sum Q, sum Q) bool, row = the looking query; None when all see all.
-
-    A query sees its own block and every group that its group names in `sees`, never the reverse unless said there.
-    """
-    if len(groups) == 1 and groups[0].block is None:
-        return None
-    return _visibility(tuple((g.name, len(g), g.block, g.sees) for g in groups), device)
-
-
-@lru_cache(maxsize=16)  # the groups of a run have few different sizes; built on the host, copied once
-def _visibility(groups: tuple[tuple[str, int, int | None, tuple[str, ...]], ...], device: torch.device) -> Tensor:
-    group_of = torch.cat([torch.full((size,), i) for i, (_, size, _, _) in enumerate(groups)])
-    block_of = torch.cat([torch.arange(size) // (block or max(size, 1)) for _, size, block, _ in groups])
-    same = (group_of[:, None] == group_of[None]) & (block_of[:, None] == block_of[None])
-    sees = torch.tensor([[other in seen for other, *_ in groups] for *_, seen in groups])
-    return (same | sees[group_of[:, None], group_of[None]]).to(device)

@@ -9,12 +9,17 @@ from util.structures import QueryGroup, Supervision
 class OneToOne(GroupSource):
     """The group `one2one`; it takes the best-ranked queries and is the only one alive in inference."""
 
+    name = "one2one"
     training_only = False
 
     def __init__(self, num_queries: int) -> None:
         super().__init__()
         self.num_queries = num_queries
 
+    def supervision(self, epoch: int) -> tuple[Supervision, ...]:
+        """Return how the group is taught in this epoch; schemes that keep one group of queries change only this."""
+        return (Supervision("hungarian"),)
+
     def forward(self, ctx: Context) -> list[QueryGroup]:
         seeds = ctx.seeds
-        return [QueryGroup("one2one", seeds.content, seeds.reference, seeds.pos, (Supervision("hungarian"),))]
+        return [QueryGroup(self.name, seeds.content, seeds.reference, seeds.pos, self.supervision(ctx.epoch))]

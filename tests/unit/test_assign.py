@@ -10,7 +10,7 @@ import torch
 from models.assign import HungarianMatcher, Request
 from models.assign.costs import class_cost, giou_cost, l1_cost
 from tests.tiny import make_target
-from util.structures import Predictions, Supervision
+from util.structures import FlatTargets, Predictions, Supervision
 
 
 def predictions_at(boxes: list[list[float]], layers: int = 1, classes: int = 3) -> Predictions:
@@ -19,14 +19,15 @@ def predictions_at(boxes: list[list[float]], layers: int = 1, classes: int = 3) 
 
 
 def match(predictions: Predictions, targets: list, **supervision):
-    (found,) = HungarianMatcher()([Request("one2one", predictions, targets, Supervision(**supervision))])
+    request = Request("one2one", predictions, FlatTargets.of(targets), Supervision(**supervision))
+    (found,) = HungarianMatcher()([request])
     return found
 
 
 def test_class_cost_of_an_even_score_is_the_focal_difference_by_hand() -> None:
     # p = 0.5: 0.25 * 0.25 * log 2 - 0.75 * 0.25 * log 2
     expected = (0.25 - 0.75) * 0.25 * math.log(2)
-    found = class_cost(torch.zeros(1, 2), torch.tensor([1]))
+    found = class_cost(torch.zeros(1))
     assert found.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -102,8 +103,8 @@ def test_all_sets_and_layers_are_copied_to_the_host_together(monkeypatch: pytest
 
     monkeypatch.setattr(torch.Tensor, "cpu", counting)
     boxes = [[0.2, 0.5, 0.1, 0.1], [0.8, 0.5, 0.1, 0.1]]
-    target = make_target([boxes[0]], [0])
-    requests = [Request(str(i), predictions_at(boxes, layers=6), [target], Supervision()) for i in range(3)]
+    target = FlatTargets.of([make_target([boxes[0]], [0])])
+    requests = [Request(str(i), predictions_at(boxes, layers=6), target, Supervision()) for i in range(3)]
     HungarianMatcher()(requests)
     assert len(copies) == 1
 

@@ -17,6 +17,8 @@ from models.backbones import (
     build_backbone,
     resize_padding,
     resnet,
+    swin,
+    weights,
 )
 from models.position_encoding import LearnedPositionEncoding, SinePositionEncoding
 from tests.golden import case
@@ -284,9 +286,9 @@ def test_a_failed_download_names_the_flags_that_help(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("local_rank", "order"), [(0, ["fetch", "barrier"]), (1, ["barrier", "fetch"])])
 def test_one_process_per_machine_downloads_before_the_others_load(monkeypatch, imagenet_state, local_rank, order):
     calls = []
-    monkeypatch.setattr(resnet.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(resnet.dist, "get_rank", lambda: 8 + local_rank)
-    monkeypatch.setattr(resnet.dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(weights.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(weights.dist, "get_rank", lambda: 8 + local_rank)
+    monkeypatch.setattr(weights.dist, "barrier", lambda: calls.append("barrier"))
     monkeypatch.setattr(resnet, "_fetch", lambda name: calls.append("fetch") or imagenet_state)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     backbone = small(weights="default")
@@ -300,9 +302,9 @@ def test_a_failed_download_does_not_leave_the_other_processes_waiting(monkeypatc
     def fail(name):
         raise UserError("no network")
 
-    monkeypatch.setattr(resnet.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(resnet.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(resnet.dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(weights.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(weights.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(weights.dist, "barrier", lambda: calls.append("barrier"))
     monkeypatch.setattr(resnet, "_fetch", fail)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(UserError, match="no network"):
@@ -366,9 +368,28 @@ def test_pretrained_backbone_path_stands_in_for_backbone_weights(tmp_path, image
     assert not torch.equal(backbone.body.conv1.weight, imagenet_state["conv1.weight"])
 
 
-def test_swin_without_a_file_explains_that_there_is_no_download():
-    with pytest.raises(UserError, match=r"no download for swin_tiny.*--pretrained_backbone_path PATH"):
-        build_backbone(arguments(backbone="swin_tiny", backbone_weights="default"))
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "swin_tiny_patch4_window7_224.ms_in1k"),
+        ({"backbone": "swin_large_window12"}, "swin_large_patch4_window12_384.ms_in22k"),
+        ({"pretrained_backbone_path": "swin_tiny_patch4_window7_224"}, "swin_tiny_patch4_window7_224"),
+        ({"backbone_weights": "some.pth"}, "some.pth"),
+    ],
+)
+def test_swin_starts_from_its_default_weights_or_those_that_a_flag_names(monkeypatch, given, expected):
+    loaded = []
+    monkeypatch.setattr(swin, "load_swin_weights", lambda body, source: loaded.append(source))
+    with torch.device("meta"):
+        build_backbone(arguments(**{"backbone": "swin_tiny", "backbone_weights": "default", **given}))
+    assert loaded == [expected]
+
+
+@pytest.mark.parametrize("none", ["none", "checkpoint"])
+def test_swin_loads_nothing_when_told_so(monkeypatch, none):
+    monkeypatch.setattr(swin, "load_swin_weights", lambda body, source: pytest.fail(f"loads {source}"))
+    with torch.device("meta"):
+        build_backbone(arguments(backbone="swin_tiny", backbone_weights=none, pretrained_backbone_path="some.pth"))
 
 
 def test_dilation_of_swin_is_refused():

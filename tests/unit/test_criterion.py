@@ -34,11 +34,12 @@ def test_losses_of_one_slot_and_one_target_by_hand() -> None:
 
 
 def test_loss_names_are_those_of_the_family() -> None:
-    assert loss_name("loss_ce", "one2one", 5, 6) == "loss_ce"
-    assert loss_name("loss_ce", "one2one", 0, 6) == "loss_ce_0"
-    assert loss_name("loss_giou", "encoder", 0, 1) == "loss_giou_enc"
-    assert loss_name("loss_bbox", "one2many", 5, 6) == "loss_bbox_one2many"
-    assert loss_name("loss_bbox", "one2many", 3, 6) == "loss_bbox_3_one2many"
+    assert loss_name("loss_ce", "one2one", 5, last=5) == "loss_ce"
+    assert loss_name("loss_ce", "one2one", 0, last=5) == "loss_ce_0"
+    assert loss_name("loss_giou", "encoder", 0, last=0) == "loss_giou_enc"
+    assert loss_name("loss_giou", "encoder_one2many", 0, last=0) == "loss_giou_enc_one2many"
+    assert loss_name("loss_bbox", "one2many", 5, last=5) == "loss_bbox_one2many"
+    assert loss_name("loss_bbox", "one2many", 3, last=5) == "loss_bbox_3_one2many"
 
 
 def test_class_error_is_100_without_any_match_and_0_when_all_are_right() -> None:

@@ -12,13 +12,13 @@ import torch
 from models import build_detector, build_model
 from models.backbones import resize_padding
 from models.encoder import encoder_reference_points, valid_ratios
-from models.groups import visibility
-from models.heads import build_heads, shift_box
+from models.heads import heads_of, shift_box
 from models.proposals import proposal_logits, select_top
+from models.visibility import visibility
 from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
 from util.boxes import inverse_sigmoid
 from util.errors import UserError
-from util.structures import ImageBatch, QueryGroup, Supervision
+from util.structures import Claim, ImageBatch, QueryGroup, Supervision
 
 VARIANTS = {
     "base": "",
@@ -93,11 +93,11 @@ def test_transformer_does_not_depend_on_padding() -> None:
         paddings = [resize_padding(images.padding, m.shape[-2:]) for m in maps]
         positions = [model.backbone[1](p) for p in paddings]
         memory = model.transformer.encode(maps, positions, paddings)
-        seeds = model.transformer.seeds(memory, model.heads, model.query_embed.weight, 8)
+        (seeds,) = model.transformer.seeds(memory, model.heads, model.query_embed.weight, [Claim(0, 8)])
         decoded = model.transformer.decoder(
             [QueryGroup("one2one", seeds.content, seeds.reference, seeds.pos, ())], memory, model.heads
         )
-        return decoded["one2one"]
+        return decoded["one2one"].predictions
 
     with torch.no_grad():
         maps = [torch.randn(1, 32, s, s) for s in (8, 4, 2, 1)]
@@ -177,7 +177,7 @@ def test_reference_of_the_first_layer_is_the_box_of_the_proposal() -> None:
     model = build_detector(tiny_args(TWO_STAGE)).eval()
     with torch.no_grad():
         memory = model.encode(tiny_images())
-        seeds = model.transformer.seeds(memory, model.heads, None, 8)
+        (seeds,) = model.transformer.seeds(memory, model.heads, None, [Claim(0, 8)])
         encoder = seeds.encoder
         best = encoder.logits[0, ..., 0].topk(8, dim=1).indices
         boxes = encoder.boxes[0].gather(1, best[..., None].expand(-1, -1, 4))
@@ -240,8 +240,8 @@ def test_inverse_sigmoid_is_finite_at_both_ends() -> None:
 
 
 def test_heads_are_shared_without_refinement_and_copies_with_it() -> None:
-    shared = build_heads(width=8, num_classes=3, dec_layers=3, refine=False, two_stage=False)
-    copies = build_heads(width=8, num_classes=3, dec_layers=3, refine=True, two_stage=True)
+    shared = heads_of(width=8, num_classes=3, dec_layers=3, refine=False, two_stage=False)
+    copies = heads_of(width=8, num_classes=3, dec_layers=3, refine=True, two_stage=True)
     assert all(h is shared.class_embed[0] for h in shared.class_embed)
     assert len(copies.class_embed) == 4 and len({id(h) for h in copies.bbox_embed}) == 4
 
@@ -254,7 +254,7 @@ def test_heads_are_shared_without_refinement_and_copies_with_it() -> None:
 def test_first_boxes_are_small_around_points_and_the_proposals_themselves_in_two_stage(
     refine: bool, two_stage: bool, sizes: list[float]
 ) -> None:
-    heads = build_heads(width=8, num_classes=3, dec_layers=3, refine=refine, two_stage=two_stage)
+    heads = heads_of(width=8, num_classes=3, dec_layers=3, refine=refine, two_stage=two_stage)
     assert [h.layers[-1].bias.tolist() for h in heads.bbox_embed] == [[0.0, 0.0, size, size] for size in sizes]
     assert all((h.layers[-1].weight == 0).all() for h in heads.bbox_embed)
     assert torch.allclose(torch.stack([h.bias for h in heads.class_embed]).sigmoid(), torch.tensor(0.01))
@@ -286,8 +286,10 @@ def test_predictions_are_cut_by_group_and_keep_its_empty_slots() -> None:
         QueryGroup("extra", queries[None, last], points[None, last], queries[None, last], ()),
     ]
     with torch.no_grad():
-        decoded = model.transformer.decoder(groups, memory, model.heads)
-        alone = model.transformer.decoder(groups[1:], memory, model.heads)
+        decoded, alone = (
+            {name: found.predictions for name, found in model.transformer.decoder(some, memory, model.heads).items()}
+            for some in (groups, groups[1:])
+        )
     assert decoded["one2one"].padding is empty and decoded["extra"].padding is None
     assert [len(decoded[name].logits[0, 0]) for name in ("one2one", "extra")] == [3, 1]
     assert torch.allclose(decoded["extra"].logits, alone["extra"].logits, atol=1e-5)

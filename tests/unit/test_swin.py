@@ -1,11 +1,10 @@
-"""Swin backbone: golden numbers, windows and masks by hand, initial values, loading of ImageNet files."""
+"""Swin backbone: golden numbers, windows and masks by hand, initial values."""
 
 import copy
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from models.backbones import SwinBackbone, swin
 from models.backbones.swin import (
@@ -14,9 +13,7 @@ from models.backbones.swin import (
     SwinTransformer,
     WindowAttention,
     from_windows,
-    load_swin_weights,
     relative_position_index,
-    resize_bias_table,
     shifted_window_mask,
     to_windows,
 )
@@ -30,15 +27,6 @@ TINY = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "wind
 
 def tiny(**changes):
     return SwinTransformer(**{**TINY, **changes})
-
-
-def classifier_state(**changes):
-    """A file of ImageNet weights as published: classifier, final norm and masks, but no norms of the outputs."""
-    model = tiny(**changes)
-    state = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    state = {k: v for k, v in state.items() if not k.startswith(("norm1.", "norm2.", "norm3."))}
-    extra = {"norm.weight": torch.ones(64), "norm.bias": torch.ones(64), "head.weight": torch.ones(10, 64)}
-    return {**state, **extra, "layers.0.blocks.1.attn_mask": torch.zeros(4, 16, 16)}
 
 
 # Golden numbers
@@ -311,71 +299,3 @@ def test_impossible_stages_are_refused(stages):
 def test_an_impossible_drop_path_rate_is_refused(rate):
     with pytest.raises(UserError, match="--drop_path_rate"):
         tiny(drop_path_rate=rate)
-
-
-# ImageNet files
-
-
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "model": {}}])
-def test_a_published_file_is_loaded_without_classifier_and_output_norms_stay_fresh(tmp_path, wrap):
-    state = classifier_state()
-    torch.save(wrap({f"module.{name}": value for name, value in state.items()}), tmp_path / "swin.pth")
-    model = tiny()
-    load_swin_weights(model, str(tmp_path / "swin.pth"))
-    for name, value in model.state_dict().items():
-        if name.startswith(("norm1.", "norm2.", "norm3.")):
-            assert value.eq(1 if name.endswith("weight") else 0).all(), name
-        else:
-            assert torch.equal(value, state[name]), name
-
-
-def test_a_file_of_another_window_size_gets_resized_tables_and_the_models_own_index(tmp_path):
-    state = classifier_state(window_size=3)
-    torch.save({"model": state}, tmp_path / "window3.pth")
-    model = tiny()
-    index = model.layers[0].blocks[0].attn.relative_position_index.clone()
-    load_swin_weights(model, str(tmp_path / "window3.pth"))
-    attention = model.layers[1].blocks[0].attn
-    assert torch.equal(attention.relative_position_index, index)
-    table = state["layers.1.blocks.0.attn.relative_position_bias_table"]
-    for head in range(2):
-        image = table[:, head].view(1, 1, 5, 5)  # rows dy, columns dx
-        expected = F.interpolate(image, size=(7, 7), mode="bicubic", align_corners=False, antialias=False)
-        torch.testing.assert_close(attention.relative_position_bias_table[:, head], expected.flatten())
-
-
-def test_resizing_keeps_constant_tables_and_the_two_axes_apart():
-    torch.testing.assert_close(resize_bias_table(torch.full((25, 2), 3.0), 49), torch.full((49, 2), 3.0))
-    ramp = torch.arange(5.0)[:, None].expand(5, 5).reshape(25, 1)  # grows with dy
-    resized = resize_bias_table(ramp, 49).view(7, 7)
-    assert (resized.diff(dim=0) > 0).all()
-    torch.testing.assert_close(resized.diff(dim=1), torch.zeros(7, 6), atol=1e-5, rtol=0)
-    assert resize_bias_table(ramp, 25) is ramp
-
-
-def test_stages_that_are_not_built_are_skipped_in_the_file(tmp_path):
-    state = classifier_state()
-    torch.save(state, tmp_path / "swin.pth")
-    model = tiny(out_stages=(1, 2))
-    load_swin_weights(model, str(tmp_path / "swin.pth"))
-    assert torch.equal(model.layers[2].blocks[1].mlp.fc2.weight, state["layers.2.blocks.1.mlp.fc2.weight"])
-    assert not hasattr(model.layers[2], "downsample")
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"depths": (2, 2, 4, 2)}, r"unknown: .*layers\.2\.blocks\.2"),
-        ({"depths": (2, 2, 1, 2)}, r"missing: .*layers\.2\.blocks\.1"),
-        ({"num_heads": (2, 2, 2, 4)}, r"other shape: .*bias_table \(49, 2\) instead of \(49, 1\)"),
-    ],
-)
-def test_a_file_of_another_model_is_refused(tmp_path, changes, message):
-    torch.save(classifier_state(**changes), tmp_path / "other.pth")
-    with pytest.raises(UserError, match=message):
-        load_swin_weights(tiny(), str(tmp_path / "other.pth"))
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(UserError, match=r"nowhere\.pth: no such file.*--pretrained_backbone_path"):
-        SwinBackbone("swin_tiny", train_backbone=True, weights="nowhere.pth")

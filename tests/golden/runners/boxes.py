@@ -11,7 +11,7 @@ from models.losses import focal_classification
 from models.postprocess import PostProcessor
 from tests.golden.case import same_detections
 from tests.golden.runners.common import assert_close, subcases
-from util.boxes import cxcywh_to_xyxy, inverse_sigmoid, paired_giou, pairwise_giou, pairwise_iou
+from util.boxes import cxcywh_to_xyxy, inverse_sigmoid, paired_giou, pairwise_iou
 from util.structures import Assignment, Predictions, TargetPairs
 
 
@@ -21,7 +21,7 @@ def run_box_ops(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     a, b = cxcywh_to_xyxy(tensors["a"]), cxcywh_to_xyxy(tensors["b"])
     assert_close("corner form", a, arrays["a_xyxy"], tolerance)
     assert_close("IoU", pairwise_iou(a, b), arrays["iou"], tolerance)
-    assert_close("GIoU of all pairs", pairwise_giou(a, b), arrays["giou"], tolerance)
+    assert_close("GIoU of all pairs", paired_giou(a[:, None], b), arrays["giou"], tolerance)
     rows, columns = np.indices(arrays["giou"].shape).reshape(2, -1)
     assert_close("GIoU of pairs", paired_giou(a[rows], b[columns]), arrays["giou"].reshape(-1), tolerance)
     inter = arrays["iou"] * arrays["union"]
@@ -43,7 +43,7 @@ def _focal(about: str, tensors: dict[str, torch.Tensor], arrays: dict[str, np.nd
     predictions = Predictions(logits[None], torch.zeros(1, *logits.shape[:2], 4))
     pairs = TargetPairs(label, torch.zeros(len(label), 4))
     assignment = Assignment(zeros, image, slot, zeros)
-    loss = focal_classification(predictions, pairs, assignment, **settings)["loss_ce"][0]
+    loss = focal_classification(predictions, pairs, assignment, **settings)["loss_ce"][0].sum()
     # The stored loss is a mean over queries, a sum over the rest, divided by num_boxes; ours is the sum.
     loss = loss / logits.shape[1] / num_boxes
     assert_close("focal loss", loss, arrays["focal.loss"], tolerance)

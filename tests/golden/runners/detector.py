@@ -217,11 +217,13 @@ class _Mode:
             for layer in range(layers):
                 for image, target in enumerate(targets):
                     here = (assignment.layer == layer) & (assignment.image == image)
-                    ours = assignment.slot[here].numpy(), assignment.target[here].numpy()
+                    slots = assignment.slot[here] - request.slots.start
+                    ours = slots.numpy(), assignment.target[here].numpy()
                     key = f"match.{_set_name(name, layer, layers)}.{image}"
                     want = self.stored(key)
                     if not case.same_matching(ours, want, len(target)):
-                        cost = matcher.cost(request.predictions, request.targets[image], image)[layer]
+                        costs = matcher.costs(request.predictions, request.targets)[:, layer, request.slots]
+                        cost = costs[request.targets.image == image].T
                         assert_tied(f"{self.prefix}{key}", cost.detach().numpy(), ours, want)
         for key in self.arrays:  # what is left holds no pair at all
             if key.startswith(f"{self.prefix}match.") and not self.arrays[key].size:

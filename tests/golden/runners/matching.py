@@ -8,7 +8,7 @@ import torch
 from models.assign import HungarianMatcher, Request
 from tests.golden.case import same_matching
 from tests.golden.runners.common import assert_close, assert_tied, make_target, subcases
-from util.structures import Predictions, Supervision
+from util.structures import FlatTargets, Predictions, Supervision
 
 
 def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -21,9 +21,11 @@ def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
         ]
         logits, boxes = torch.from_numpy(stored["pred_logits"]), torch.from_numpy(stored["pred_boxes"])
         predictions = Predictions(logits[None], boxes[None])
-        (found,) = matcher([Request(name, predictions, targets, Supervision())])
+        flat = FlatTargets.of(targets)
+        (found,) = matcher([Request(name, predictions, flat, Supervision())])
+        costs = matcher.costs(predictions, flat)[:, 0]
         for image, target in enumerate(targets):
-            cost = matcher.cost(predictions, target, image)[0]
+            cost = costs[flat.image == image].T
             assert_close(
                 f"{name} cost of image {image}", cost, stored[f"cost.{image}"], meta["tolerances"]["cost_absolute"]
             )

@@ -10,7 +10,7 @@ from torch import nn
 
 from models.backbones import FrozenBatchNorm2d
 from models.encoder import encoder_reference_points, valid_ratios
-from models.heads import build_heads
+from models.heads import heads_of
 from models.position_encoding import SinePositionEncoding, sine_embed_boxes
 from models.proposals import proposal_logits
 from models.transformer import TwoStageTransformer
@@ -74,7 +74,7 @@ def run_two_stage_proposals(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     assert not transformer.load_state_dict(state, strict=False).unexpected_keys
     tokens = {}
     transformer.enc_output_norm.register_forward_hook(lambda module, inputs, output: tokens.update(memory=output))
-    heads = build_heads(width=width, num_classes=3, dec_layers=1, refine=True, two_stage=True)
+    heads = heads_of(width=width, num_classes=3, dec_layers=1, refine=True, two_stage=True)
     transformer.propose(memory, heads)
     assert_close("output memory", tokens["memory"], arrays["output_memory"], tolerance)
     # Stored in logit space; `sigmoid` gives the boxes whose embedding is stored.

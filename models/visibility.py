@@ -1,0 +1,30 @@
+"""Which decoder queries see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from util.structures import QueryGroup
+
+
+def visibility(groups: Sequence[QueryGroup], device: torch.device) -> Tensor | None:
+    """Return who may attend to whom, (sum Q, sum Q) bool, row = the looking query; None when all see all.
+
+    A query sees its own block and every group that its group names in `sees`, never the reverse unless said there.
+    """
+    if len(groups) == 1 and groups[0].block is None:
+        return None
+    return _visibility(tuple((g.name, len(g), g.block, g.sees) for g in groups), device)
+
+
+@lru_cache(maxsize=16)  # the groups of a run have few different sizes; built on the host, copied once
+def _visibility(groups: tuple[tuple[str, int, int | None, tuple[str, ...]], ...], device: torch.device) -> Tensor:
+    group_of = torch.cat([torch.full((size,), i) for i, (_, size, _, _) in enumerate(groups)])
+    block_of = torch.cat([torch.arange(size) // (block or max(size, 1)) for _, size, block, _ in groups])
+    same = (group_of[:, None] == group_of[None]) & (block_of[:, None] == block_of[None])
+    sees = torch.tensor([[other in seen for other, *_ in groups] for *_, seen in groups])
+    return (same | sees[group_of[:, None], group_of[None]]).to(device)

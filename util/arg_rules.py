@@ -1,0 +1,113 @@
+"""Combinations of flags that cannot work, found before anything is built."""
+
+from __future__ import annotations
+
+import argparse
+
+from util.errors import UserError
+
+# Flags that only the one-to-many branch reads, and the values that change nothing.
+BRANCH_ONLY = {"one2many_groups": "joint", "one2many_proposals": "rank", "one2many_own": "nothing"}
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuse impossible combinations before anything is built.
+
+    Raises:
+        UserError: says which flag to change. All findings are listed at once.
+    """
+    wrong = [message for broken, message in _rules(args) if broken]
+    if wrong:
+        raise UserError("this command line cannot work:\n  " + "\n  ".join(wrong))
+
+
+def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return pairs (broken, what is wrong and the way out)."""
+    levels = a.num_feature_levels
+    positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
+    positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
+    positive += "save_every eval_every max_nonfinite print_freq".split()
+    positive += "recipe_batch_size lr_drop max_size dist_timeout".split()
+    not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
+    not_negative += "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many".split()
+    not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef".split()
+    rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
+    rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
+    for n in ("train_scales", "crop_scales", "crop_range"):
+        rules.append((min(getattr(a, n)) < 1, f"--{n} {getattr(a, n)}: sides must be at least 1 pixel"))
+    rules += [
+        (
+            a.two_stage and not a.with_box_refine,
+            "--two_stage needs --with_box_refine: add it (proposals are 4-D boxes)",
+        ),
+        (a.mixed_selection and not a.two_stage, "--mixed_selection needs --two_stage --with_box_refine: add them"),
+        (
+            a.look_forward_twice and not a.with_box_refine,
+            "--look_forward_twice needs --with_box_refine: without refinement there is no new reference to look at",
+        ),
+        (levels < 1 or levels == 2, f"--num_feature_levels {levels}: use 1 (last map only), 3, 4 or more"),
+        (
+            a.nheads > 0 and a.hidden_dim % a.nheads != 0,
+            f"--hidden_dim {a.hidden_dim} is not a multiple of --nheads {a.nheads}",
+        ),
+        (a.hidden_dim % 32 != 0, f"--hidden_dim {a.hidden_dim}: must be a multiple of 32 (GroupNorm with 32 groups)"),
+        (
+            a.set_cost_class == a.set_cost_bbox == a.set_cost_giou == 0,
+            "--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: give at least one a weight",
+        ),
+        (a.eval and not a.resume, "--eval needs --resume CHECKPOINT: without it untrained weights would be evaluated"),
+        (
+            bool(a.resume) and a.resume != "auto" and bool(a.init_from),
+            "--resume continues a run and --init_from starts one: give one of them (or --resume auto with --init_from)",
+        ),
+        (a.resume == "auto" and not a.output_dir, "--resume auto looks into --output_dir: give one"),
+        (a.init_class_rows and not a.init_from, "--init_class_rows needs --init_from CHECKPOINT"),
+        (bool(a.train_images) != bool(a.train_json), "--train_images and --train_json belong together: give both"),
+        (bool(a.val_images) != bool(a.val_json), "--val_images and --val_json belong together: give both"),
+        (
+            bool(a.train_json) != bool(a.val_json) and not a.eval and not (a.train_json and a.eval_in_training_set),
+            "--train_json and --val_json belong together: training is evaluated after every epoch",
+        ),
+        (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
+        (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
+        (not 0 <= a.drop_path_rate < 1, f"--drop_path_rate {a.drop_path_rate}: must be in [0, 1)"),
+        (not 0 <= a.focal_alpha <= 1, f"--focal_alpha {a.focal_alpha}: must be in [0, 1]"),
+        (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
+        (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
+        (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
+        (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
+        (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
+    ]
+    return rules + _hybrid_rules(a)
+
+
+def _hybrid_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return the same for the flags of hybrid matching."""
+    queries, repeats = a.num_queries_one2many, a.k_one2many
+    branch = queries > 0 and repeats > 0
+    changed = [f"--{n} {getattr(a, n)}" for n, plain in BRANCH_ONLY.items() if getattr(a, n) != plain]
+    return [
+        (
+            bool(changed) and not branch,
+            f"{', '.join(changed)}: there is no one-to-many branch; give --num_queries_one2many and --k_one2many",
+        ),
+        (
+            a.one2many_groups == "isolated" and branch and queries % repeats != 0,
+            f"--num_queries_one2many {queries} cannot be cut into --k_one2many {repeats} groups of equal size: "
+            f"{queries - queries % max(repeats, 1)} can",
+        ),
+        (
+            a.one2many_proposals == "own" and not a.two_stage,
+            "--one2many_proposals own ranks the proposals of --two_stage: add it",
+        ),
+        (
+            a.one2many_proposals == "own" and a.one2many_own == "encoder",
+            "--one2many_own encoder has proposals of its own to rank: leave out --one2many_proposals own",
+        ),
+        (a.hybrid_k < 1, f"--hybrid_k {a.hybrid_k}: must be at least 1 (1 is one-to-one)"),
+        (not 0 <= a.hybrid_rho <= 1, f"--hybrid_rho {a.hybrid_rho}: a share of the epochs, 0 to 1"),
+        (
+            a.hybrid == "layer" and not 0 <= a.hybrid_layers <= a.dec_layers,
+            f"--hybrid_layers {a.hybrid_layers}: 0 to --dec_layers {a.dec_layers}",
+        ),
+    ]
