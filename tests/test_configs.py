@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -10,40 +11,23 @@ from pathlib import Path
 
 import pytest
 
-from util.args import check_args, get_args_parser
+from tests.published_rows import PUBLISHED
+from util.arg_rules import check_args
+from util.args import get_args_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
-PRESETS = sorted(CONFIGS.glob("*/*.sh"))
+PRESETS = sorted(CONFIGS.rglob("*/*.sh"))
 SHELL_FILES = [*PRESETS, *sorted(CONFIGS.glob("*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
-
-# What a row changes against the defaults of the parser (spec of the published results; batch 2 per process).
-BASELINE = {
-    "with_box_refine": True,
-    "two_stage": True,
-    "dim_feedforward": 2048,
-    "num_queries_one2many": 0,
-    "k_one2many": 0,
-    "recipe_batch_size": 16,
-}
-TRICKS = BASELINE | {"dropout": 0.0, "mixed_selection": True, "look_forward_twice": True}
-E12 = {"epochs": 12, "lr_drop": 11}
-E36 = {"epochs": 36, "lr_drop": 30}
-PUBLISHED = {
-    "deformable_detr/single_scale": {"num_feature_levels": 1},
-    "deformable_detr/single_scale_dc5": {"num_feature_levels": 1, "dilation": True},
-    "deformable_detr/r50": {},
-    "deformable_detr/refine": {"with_box_refine": True},
-    "deformable_detr/two_stage": {"with_box_refine": True, "two_stage": True},
-    "h_detr/baseline_r50_12ep": BASELINE | E12,
-    "h_detr/baseline_r50_36ep": BASELINE | E36,
-    "h_detr/tricks_r50_12ep": TRICKS | E12,
-    "h_detr/tricks_r50_36ep": TRICKS | E36,
-}
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT).with_suffix(""))
+
+
+def row_of(preset: Path) -> str:
+    """Return folder and name of a preset, as its row is called in `PUBLISHED`."""
+    return str(preset.relative_to(CONFIGS).with_suffix(""))
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -96,7 +80,7 @@ def test_shell_files_are_executable_and_free_of_syntax_errors(path: Path) -> Non
 @pytest.mark.parametrize("preset", PRESETS, ids=name_of)
 def test_every_preset_gives_flags_that_are_accepted(preset: Path) -> None:
     args = parsed(flags_of(preset))
-    assert args.output_dir == "exps/" + str(preset.relative_to(CONFIGS).with_suffix("")), "one folder per preset"
+    assert args.output_dir == f"exps/{row_of(preset)}", "one folder per preset"
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=name_of)
@@ -118,7 +102,7 @@ def test_main_is_started_in_the_top_folder(preset: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("preset", PRESETS, ids=name_of)
 def test_flags_given_after_a_preset_win_and_keep_their_spaces(preset: Path) -> None:
     more = ["--output_dir", "two words", "--epochs", "3", "--no-two_stage", "--no-mixed_selection"]
-    args = parsed(flags_of(preset, *more))
+    args = get_args_parser().parse_args(flags_of(preset, *more))
     assert (args.output_dir, args.epochs, args.two_stage) == ("two words", 3, False)
 
 
@@ -130,8 +114,44 @@ def test_without_launch_a_preset_runs_python_unbuffered(fake_programs: str) -> N
 @pytest.mark.parametrize("row", PUBLISHED)
 def test_published_rows_have_the_flags_of_their_table(row: str) -> None:
     args = vars(parsed(flags_of(CONFIGS / f"{row}.sh")))
-    expected = vars(get_args_parser().parse_args([])) | PUBLISHED[row] | {"output_dir": f"exps/{row}"}
+    expected = vars(get_args_parser().parse_args([])) | PUBLISHED[row].flags | {"output_dir": f"exps/{row}"}
     assert args == expected
+
+
+@pytest.mark.parametrize("row", PUBLISHED)
+def test_headers_give_the_published_number_and_the_total_batch(row: str) -> None:
+    ap, flags = PUBLISHED[row]
+    header = "".join(line for line in (CONFIGS / f"{row}.sh").read_text().splitlines() if line.startswith("#"))
+    assert re.findall(r"Published AP ([\d.]+\d(?: and [\d.]+\d)?)", header) == ([ap] if ap else [])
+    assert f"Total batch {flags.get('recipe_batch_size', 32)}:" in header
+
+
+@pytest.mark.parametrize(
+    ("row", "percent"),
+    [("baseline", 100), ("baseline_1.3x", 130), ("1800q", 100), ("1800q_1.15x", 115)]
+    + [(scheme, 100) for scheme in ("branch", "epoch", "layer")],
+)
+def test_longer_columns_of_table_6_are_in_the_headers(row: str, percent: int) -> None:
+    def scaled(number: int) -> int:
+        return (number * percent + 50) // 100  # rounded to the nearest
+
+    preset = CONFIGS / "h_detr" / "table6" / f"{row}.sh"
+    columns = [f"--epochs {scaled(e)} --lr_drop {scaled(d)}" for e, d in ((24, 20), (36, 30))]
+    assert re.findall(r"--epochs \d+ --lr_drop \d+(?= \(AP)", preset.read_text()) == columns
+    args = parsed(flags_of(preset))
+    assert (args.epochs, args.lr_drop) == (scaled(12), scaled(11))
+
+
+def test_the_three_schemes_of_table_6_teach_the_same_number_of_positives() -> None:
+    """H-DETR compares them at an equal budget: positives per object, summed over layers and epochs (section 4.3)."""
+    names = ("baseline", "branch", "epoch", "layer")
+    base, branch, epoch, layer = (parsed(flags_of(CONFIGS / "h_detr" / "table6" / f"{n}.sh")) for n in names)
+    budget = base.epochs * base.dec_layers
+    assert branch.epochs * branch.dec_layers * (1 + branch.k_one2many) == 7 * budget
+    many = round(epoch.hybrid_rho * epoch.epochs)
+    assert (many * epoch.hybrid_k + epoch.epochs - many) * epoch.dec_layers == 7 * budget
+    single = layer.dec_layers - layer.hybrid_layers
+    assert (layer.hybrid_layers * layer.hybrid_k + single) * layer.epochs == 7 * budget
 
 
 def test_defaults_are_those_of_the_published_tables() -> None:
@@ -141,15 +161,32 @@ def test_defaults_are_those_of_the_published_tables() -> None:
     assert (args.num_queries_one2one, args.dim_feedforward, args.dropout, args.backbone) == (300, 1024, 0.1, "resnet50")
 
 
-def test_every_row_of_a_paper_has_a_test_and_every_preset_a_line_in_the_readme() -> None:
-    of_papers = {
-        str(p.relative_to(CONFIGS).with_suffix("")) for p in PRESETS if p.parent.name not in ("synthetic", "bccd")
-    }
+def test_every_row_of_a_paper_has_its_preset_and_every_preset_its_row() -> None:
+    of_papers = {row_of(p) for p in PRESETS if p.parent.name not in ("synthetic", "bccd")}
     assert of_papers == set(PUBLISHED)
-    readme = (CONFIGS / "README.md").read_text()
-    for preset in PRESETS:
-        wanted = preset.stem if preset.parent.name == "synthetic" else f"`{preset.relative_to(CONFIGS)}`"
-        assert wanted in readme, f"{preset}: not in configs/README.md"
+
+
+def expanded(pattern: str) -> list[str]:
+    """Expand the braces of a shell: `k{0,1}.sh` is `k0.sh`, `k1.sh`."""
+    braces = re.search(r"\{([^}]*)\}", pattern)
+    if not braces:
+        return [pattern]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for word in braces[1].split(",") for name in expanded(before + word + after)]
+
+
+def test_the_readme_lists_every_preset_with_its_published_number() -> None:
+    lines = [line.split("|") for line in (CONFIGS / "README.md").read_text().splitlines() if line.startswith("| `")]
+    listed = []
+    for _, pattern, _, ap, batch, *_ in lines:
+        presets = [name.removesuffix(".sh") for name in expanded(pattern.strip(" `"))]
+        listed += presets
+        rows = [PUBLISHED[name] for name in presets if name in PUBLISHED]
+        numbers = re.findall(r"\d+\.\d", " ".join(row.ap for row in rows))
+        assert re.findall(r"\d+\.\d", ap) == numbers, f"{pattern}: published AP"
+        for row in rows:
+            assert int(batch) == row.flags.get("recipe_batch_size", 32), f"{pattern}: total batch"
+    assert sorted(listed) == sorted(map(row_of, PRESETS))
 
 
 def test_the_blood_cell_preset_takes_its_folder_from_data() -> None:

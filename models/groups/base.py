@@ -55,9 +55,13 @@ class GroupSource(nn.Module):
     name: str  # of its group, and of its parameters in the state dict: `groups.NAME.*`
     num_queries: int = 0  # how many ranked first queries it consumes
     training_only: bool = True  # silent in `eval()`: inference needs no switch
-    proposal_embed: nn.Linear | None = None  # class head that ranks the encoder proposals for this source only
-    proposal_supervision: tuple[Supervision, ...] = ()  # how that head is taught
-    own: OwnParts | None = None
+    proposal_supervision: tuple[Supervision, ...] = ()  # how `proposal_embed` is taught
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Not class attributes: those would hide the modules that a source puts here.
+        self.proposal_embed: nn.Linear | None = None  # class head that ranks the encoder proposals for this source only
+        self.own: OwnParts | None = None
 
     @property
     def alive(self) -> bool:
