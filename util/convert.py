@@ -28,6 +28,7 @@ ENTRIES = ("model", "state_dict", "ema")
 # Numbers that a FLOPs counter registered as buffers.
 COUNTERS = ("total_params", "total_ops")
 QUERY_TABLE = "query_embed.weight"
+GROUPS = "groups."  # the training schemes inside a detector
 
 
 def find_weights(content: Any) -> dict[str, Tensor] | None:
@@ -61,6 +62,7 @@ def fit_to_model(
       last one in the order of the file wins, which is what loading them one after the other gave.
     * A query table with more rows than ours (H-DETR: training-only queries follow those of inference): its first rows.
     * `num_batches_tracked` that our frozen norms do not have is dropped.
+    * Parts that only a training scheme has (`groups.NAME.*`) are dropped where the model is without it.
 
     Args:
         state: native names.
@@ -71,7 +73,9 @@ def fit_to_model(
         The fitted state and lines that say what was changed.
     """
     fitted = {n: v for n, v in state.items() if n in own or not n.endswith("num_batches_tracked")}
-    lines = []
+    absent = sorted(_schemes(fitted) - _schemes(own))
+    fitted = {n: v for n, v in fitted.items() if not n.startswith(tuple(absent))}
+    lines = [f"left out what only training needs: {', '.join(f'{name}*' for name in absent)}"] if absent else []
     for names in aliases:
         if names[0] not in fitted:  # refinement shows in the first names: a file without them is of another model
             continue
@@ -85,3 +89,8 @@ def fit_to_model(
         lines.append(f"{QUERY_TABLE}: took the first {len(wanted)} of {len(table)} rows")
         fitted[QUERY_TABLE] = table[: len(wanted)].clone()
     return fitted, lines
+
+
+def _schemes(state: Mapping[str, Tensor]) -> set[str]:
+    """Return the beginnings of the names that belong to training schemes, `groups.NAME.`."""
+    return {".".join(name.split(".")[:2]) + "." for name in state if name.startswith(GROUPS)}

@@ -169,6 +169,14 @@ def test_a_hybrid_file_fits_a_model_without_training_queries():
     assert torch.equal(plain.query_embed.weight, state["query_embed.weight"][:8])
 
 
+def test_parts_of_a_training_scheme_are_left_out_where_the_model_is_without_it():
+    branch = "--with_box_refine --num_queries_one2many 12 --k_one2many 2"
+    state = other_weights(tiny_model(f"{branch} --one2many_own heads"))
+    report = load_weights(tiny_model("--with_box_refine"), state)
+    assert report.fits
+    assert "left out what only training needs: groups.one2many.*" in report.lines
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours", "advice"),
     [
