@@ -246,8 +246,10 @@ def _of_last_layer(assignment: Assignment, job: _Job) -> Assignment:
 
 def _in_stack(assignment: Assignment, batch: _Batch, job: _Job) -> Assignment:
     """Return ready-made pairs, which count in their own set, as pairs that count in the stack."""
-    rows = torch.tensor(batch.rows(job)).to(assignment.layer.device, non_blocking=True)
-    return replace(assignment, layer=rows[assignment.layer], slot=assignment.slot + job.slots.start)
+    rows, layer = batch.rows(job), assignment.layer
+    if rows != list(range(len(rows))):
+        layer = torch.tensor(rows).to(layer.device, non_blocking=True)[layer]
+    return replace(assignment, layer=layer, slot=assignment.slot + job.slots.start)
 
 
 def _join(batch: _Batch) -> Assignment:

@@ -162,7 +162,13 @@ def gradients(step: TrainStep) -> dict[str, torch.Tensor | None]:
     return {name: p.grad for name, p in step.named_parameters() if p.requires_grad}
 
 
-SCHEMES = ["", "--with_box_refine --two_stage --mixed_selection --num_queries_one2many 6 --k_one2many 2"]
+BRANCH = "--with_box_refine --two_stage --num_queries_one2many 6 --k_one2many 2"
+SCHEMES = [
+    "",
+    f"{BRANCH} --mixed_selection",
+    f"{BRANCH} --one2many_proposals own --hybrid layer --hybrid_k 2 --hybrid_layers 1",
+    f"{BRANCH} --one2many_own encoder --one2many_groups isolated --hybrid epoch --hybrid_k 2",
+]
 
 
 def _backward(rank: int, folder: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from util.boxes import cxcywh_to_xyxy, paired_giou
+from util.boxes import paired_giou
 
 # Fixed in the matcher, independent of the focal loss's own alpha (published).
 ALPHA, GAMMA, EPS = 0.25, 2.0, 1e-8
@@ -27,5 +27,5 @@ def l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 def giou_cost(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Return -GIoU, (...), of cxcywh boxes (..., 4)."""
-    return -paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(targets))
+    """Return -GIoU, (...), of xyxy boxes (..., 4)."""
+    return -paired_giou(boxes, targets)

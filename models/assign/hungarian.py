@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from models.assign.costs import class_cost, giou_cost, l1_cost
+from util.boxes import cxcywh_to_xyxy
 from util.structures import Assignment, FlatTargets, Predictions, Supervision
 
 UNMATCHABLE = 1e6  # stands for a non-finite cost: far above any real one, small enough to keep sums exact
@@ -70,20 +71,21 @@ class HungarianMatcher:
         """Return what it costs to give a target to a slot of its image, (M, L, N) float32: no padding, no loop."""
         entries = predictions.layers * predictions.logits.shape[2]
         step = max(COSTS_AT_ONCE // max(entries, 1), 1)
-        total = len(targets.labels)
-        return torch.cat([self._costs(predictions, targets, slice(i, i + step)) for i in range(0, max(total, 1), step)])
-
-    def _costs(self, predictions: Predictions, targets: FlatTargets, part: slice) -> Tensor:
-        image = targets.image[part]
-        logits = predictions.logits[:, image, :, targets.labels[part]].float()
+        parts = [slice(i, i + step) for i in range(0, max(len(targets.labels), 1), step)]
+        boxes = predictions.boxes.float()
         # The coordinate comes first in memory: whole planes are faster than every fourth number.
-        planes = predictions.boxes.float().permute(3, 1, 0, 2).contiguous()
-        boxes = planes[:, image].movedim(0, -1)
+        planes = torch.cat([boxes, cxcywh_to_xyxy(boxes)], -1).permute(3, 1, 0, 2).contiguous()
+        return torch.cat([self._costs(predictions.logits, planes, targets, part) for part in parts])
+
+    def _costs(self, logits: Tensor, planes: Tensor, targets: FlatTargets, part: slice) -> Tensor:
+        image = targets.image[part]
+        logits = logits[:, image, :, targets.labels[part]].float()
+        boxes, corners = planes[:, image].movedim(0, -1).split(4, dim=-1)
         own = targets.boxes[part, None, None].float()
         return (
             self.cost_class * class_cost(logits)
             + self.cost_bbox * l1_cost(boxes, own)
-            + self.cost_giou * giou_cost(boxes, own)
+            + self.cost_giou * giou_cost(corners, cxcywh_to_xyxy(own))
         )
 
 

@@ -38,7 +38,7 @@ def test_l1_cost_adds_the_four_distances() -> None:
 
 def test_giou_cost_of_two_boxes_side_by_side_is_the_empty_share_of_the_hull() -> None:
     # Two unit squares with a unit gap: IoU 0, hull 3, union 2, so GIoU = -(3 - 2) / 3.
-    found = giou_cost(torch.tensor([[0.5, 0.5, 1.0, 1.0]]), torch.tensor([[2.5, 0.5, 1.0, 1.0]]))
+    found = giou_cost(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([[2.0, 0.0, 3.0, 1.0]]))
     assert found.item() == pytest.approx(1 / 3)
 
 

@@ -189,3 +189,67 @@ def test_the_order_of_targets_changes_nothing() -> None:
     backward = make_target([[0.2, 0.3, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2]], [2, 0])
     totals = [criterion()(one_set(logits, boxes), [t]).total.item() for t in (forward, backward)]
     assert totals[0] == pytest.approx(totals[1], rel=1e-6)
+
+
+def mixed_sets(stacked: bool) -> tuple[DetectorOutput, list[torch.Tensor]]:
+    """Return three sets of three layers and two images, cut out of one stack or each with tensors of its own.
+
+    The first is matched on all layers; the second by layer, with other repeats; the third has ready-made weighted pairs
+    on two of its layers, a slot to ignore and an empty one.
+    """
+    generator = torch.Generator().manual_seed(3)
+    leaves = [torch.randn(3, 2, 9, c, generator=generator) for c in (4, 4)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    logits, boxes = leaves[0], leaves[1].sigmoid() * 0.5 + 0.2
+    empty = torch.zeros(2, 9, dtype=torch.bool)
+    empty[1, 8] = True
+    index = torch.tensor([[0, 1, 1], [0, 0, 1], [0, 2, 1], [0, 1, 0]])  # layer of two, image, slot of three, target
+    ignore = torch.zeros(2, 2, 3, dtype=torch.bool)
+    ignore[1, 0, 0] = True
+    ready = Assignment(*index, weight=torch.tensor([1.0, 0.5, 0.2]), ignore=ignore, count=2.0)
+    supervisions = {
+        "one2one": (Supervision(),),
+        "many": (Supervision(layers=range(1), repeat=2), Supervision(layers=range(1, 3), weight=0.5)),
+        "ready": (Supervision(ready, layers=range(1, 3), weight=2.0),),
+    }
+    sets = {}
+    stack = Predictions(logits, boxes, empty)
+    for i, (name, taught) in enumerate(supervisions.items()):
+        slots = slice(3 * i, 3 * i + 3)
+        own = Predictions(logits[:, :, slots], boxes[:, :, slots], empty[:, slots])
+        sets[name] = SupervisedSet(own, taught, stack, 3 * i) if stacked else SupervisedSet(own, taught)
+    return DetectorOutput(sets), leaves
+
+
+def test_sets_cut_out_of_one_stack_are_taught_as_if_each_stood_alone() -> None:
+    targets = [
+        make_target([[0.3, 0.4, 0.2, 0.3], [0.7, 0.6, 0.4, 0.2]], [1, 3]),
+        make_target([[0.5, 0.5, 0.3, 0.3]], [2]),
+    ]
+    reports, gradients, evaluations = [], [], []
+    for stacked in (True, False):
+        output, leaves = mixed_sets(stacked)
+        whole = criterion()
+        count = []
+        terms = dict(whole.terms)
+        for name, term in terms.items():
+            whole.terms[name] = lambda *a, f=term, n=count: n.append(1) or f(*a)
+        report = whole(output, targets)
+        reports.append(report.terms)
+        evaluations.append(len(count))
+        gradients.append(torch.autograd.grad(report.total, leaves))
+    assert evaluations == [2, 6]  # two terms, once for the stack or for each of three sets
+    assert reports[0].keys() == reports[1].keys()
+    for name, value in reports[0].items():
+        assert value.item() == pytest.approx(reports[1][name].item(), rel=1e-5, abs=1e-6), name
+    for ours, theirs in zip(*gradients):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_two_supervisions_of_the_same_slots_and_layers_are_both_taught() -> None:
+    logits, boxes = torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.5, 0.5, 0.4, 0.4]]]])
+    target = [make_target([[0.5, 0.5, 0.2, 0.4]], [0])]
+    once, twice = (
+        DetectorOutput({"one2one": SupervisedSet(Predictions(logits, boxes), (Supervision(),) * n)}) for n in (1, 2)
+    )
+    assert criterion()(twice, target).total.item() == pytest.approx(2 * criterion()(once, target).total.item())
