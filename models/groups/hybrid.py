@@ -1,7 +1,8 @@
 """H-DETR, section 3.2: hybrid matching as a branch (more queries), by epoch or by decoder layer (the same queries).
 
 The one-to-many branch is a group of its own and exists in training only. The other two forms teach the queries of
-inference, so they change nothing but the supervision of the group `one2one`.
+inference, so they change nothing but the supervision of the group `one2one`. In all three the encoder proposals are
+matched one-to-one, once.
 """
 
 from __future__ import annotations
