@@ -231,7 +231,7 @@ def evaluate_checkpoint(
     if ema is not None:
         if "ema" not in content:
             raise UserError(f"--use_ema: {name} holds no averaged weights; leave --use_ema out")
-        ema.load_state_dict(content["ema"])
+        load_weights(ema.module, content["ema"]["model"], name=name)
     evaluation.run(model, ema, content.get("epoch", 0), final=True)
 
 

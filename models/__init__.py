@@ -38,7 +38,7 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, PostProcessor]:
     return (
         build_detector(args),
         build_criterion(args),
-        PostProcessor(args.topk, nms_iou=args.nms_iou, group=args.eval_group),
+        PostProcessor(args.topk, nms_iou=args.nms_iou, group=args.eval_head or args.eval_group),
     )
 
 

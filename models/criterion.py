@@ -135,6 +135,7 @@ class Criterion(nn.Module):
             self._evaluate(batch, [next(remaining) for _ in batch.jobs], values, weights)
         for name, loss in output.aux_losses.items():
             _add(values, weights, name, loss, 1.0)
+        values.update(output.aux_logs)
         total = sum(weights[name] * value for name, value in values.items() if name in weights)
         total = total + self._untrained(output, jobs)
         return LossReport(total, {name: value.detach() for name, value in values.items()}, weights)
@@ -172,7 +173,9 @@ class Criterion(nn.Module):
                     ready = ready if self.aux_loss else _of_last_layer(ready, job)
                     job.assignment = _in_stack(ready, batch, job)
                     continue
-                request = Request(job.name, batch.predictions, job.targets, job.supervision, batch.rows(job), job.slots)
+                request = Request(
+                    job.name, batch.predictions, job.targets, job.supervision, batch.rows(job), job.slots, job.layers
+                )
                 waiting.setdefault(job.supervision.assign, []).append((job, request))
         for name, entries in waiting.items():
             assignments = self.assigners[name]([request for _, request in entries])
@@ -204,7 +207,8 @@ class Criterion(nn.Module):
         if job.layers[-1] == job.last and not job.supervision.class_agnostic:
             error = class_error(logits, pairs, job.assignment, batch.layers.index(job.last))
             values[loss_name("class_error", job.name, job.last, job.last)] = scale * error
-        objects = torch.tensor([size * job.supervision.copies for size in job.targets.sizes])
+        copies = job.supervision.copies(job.slots.stop - job.slots.start)
+        objects = torch.tensor([size * copies for size in job.targets.sizes])
         errors = cardinality_error(logits[:, :, job.slots], objects.to(logits.device, non_blocking=True)).unbind()
         for layer, row in zip(job.layers, batch.rows(job)):
             values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.encoder import xavier_matrices
 from models.heads import Heads, shift_box
-from models.visibility import visibility
+from models.visibility import hide_padding, visibility
 from ops.module import MSDeformAttn, at_least_float32
 from util.structures import Memory, Predictions, QueryGroup, SupervisedSet
 
@@ -41,7 +41,8 @@ class DecoderLayer(nn.Module):
         Args:
             x, pos: content and position of the queries, (B, Q, D).
             reference: (B, Q, 2 or 4) relative to the unpadded image.
-            blocked: (Q, Q) bool, True where a query (row) may not see another (column); None = all may.
+            blocked: (Q, Q), or (B * heads, Q, Q) where it depends on the image; bool, True where a query (row) may not
+                see another (column); None = all may.
         """
         query = x + pos
         attended, _ = self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)
@@ -68,6 +69,7 @@ class DeformableDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.num_heads = layers[0].self_attn.num_heads
         self.refine = refine
         self.look_forward_twice = look_forward_twice
         self.use_checkpoint = use_checkpoint
@@ -87,7 +89,7 @@ class DeformableDecoder(nn.Module):
         pos = torch.cat([g.pos for g in groups], 1)
         reference = torch.cat([g.reference for g in groups], 1)
         may_see = visibility(groups, x.device)
-        blocked = None if may_see is None else ~may_see
+        blocked = hide_padding(None if may_see is None else ~may_see, _padding(groups), self.num_heads)
         parts = _by_heads(groups, heads)
         logits, boxes = [], []
         head_reference = reference  # what the head adds its offset to; differs from `reference` only in its gradient

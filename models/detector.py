@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from torch import Tensor, nn
 
 from models.backbones import resize_padding
-from models.groups.base import Context, GroupSource
+from models.groups.base import ENCODER_SUPERVISION, Context, GroupSource
 from models.heads import Heads
 from models.neck import InputProjection
 from models.transformer import DeformableTransformer
@@ -22,11 +22,8 @@ from util.structures import (
     QueryGroup,
     Seeds,
     SupervisedSet,
-    Supervision,
     Target,
 )
-
-ENCODER_SUPERVISION = (Supervision("hungarian", class_agnostic=True),)
 
 
 @dataclass
@@ -37,6 +34,11 @@ class _Decoding:
     memory: Memory
     groups: list[QueryGroup] = field(default_factory=list)
     heads: list[Heads] = field(default_factory=list)  # of each group
+
+    def add(self, group: QueryGroup, heads: Heads) -> None:
+        """Decode `group` too, with `heads`."""
+        self.groups.append(group)
+        self.heads.append(heads)
 
 
 class Detector(nn.Module):
@@ -89,20 +91,21 @@ class Detector(nn.Module):
             schemes in training mode only.
         """
         streams = self._streams(images)
-        decoded: dict[tuple[int, int], _Decoding] = {}
+        output = DetectorOutput({})
+        decoded: dict[tuple[int, int, int], _Decoding] = {}
         for source, memory, seeds in streams:
             decoder = self.transformer.decoder if source.own is None else source.own.decoder or self.transformer.decoder
-            part = decoded.setdefault((id(decoder), id(memory)), _Decoding(decoder, memory))
-            groups = source(Context(images, memory, seeds, targets, epoch))
-            part.groups += groups
-            part.heads += [self.heads if source.own is None else source.own.over(self.heads)] * len(groups)
-        sets: dict[str, SupervisedSet] = {}
+            heads = self.heads if source.own is None else source.own.over(self.heads)
+            for group in source(Context(images, memory, seeds, targets, epoch, output)):
+                # Points and boxes are refined in different ways.
+                key = (id(decoder), id(memory), group.reference.shape[-1])
+                decoded.setdefault(key, _Decoding(decoder, memory)).add(group, heads)
         for part in decoded.values():
-            sets.update(part.decoder(part.groups, part.memory, part.heads))
+            output.sets.update(part.decoder(part.groups, part.memory, part.heads))
         for source, _, seeds in streams:
             if seeds.encoder is not None:
-                self._add_proposals(sets, source, seeds.encoder)
-        return DetectorOutput(sets)
+                self._add_proposals(output.sets, source, seeds.encoder)
+        return output
 
     def encode(self, images: ImageBatch) -> Memory:
         """Return the encoder's memory of `images`."""
@@ -136,17 +139,17 @@ class Detector(nn.Module):
         streams = []
         for encoder, sources in by_encoder.items():
             memory = self.transformer.encode(*projected, encoder)
-            heads = self.heads if encoder is None else sources[0].own.over(self.heads)
-            seeds = self.transformer.seeds(memory, heads, table, [claims[s.name] for s in sources])
+            heads, wanted = self.heads, [claims[s.name] for s in sources]
+            if encoder is not None:  # nobody else takes proposals of this memory
+                heads, wanted = sources[0].own.over(self.heads), [replace(c, rank=0) for c in wanted]
+            seeds = self.transformer.seeds(memory, heads, table, wanted)
             streams += [(source, memory, found) for source, found in zip(sources, seeds)]
         return streams
 
     @staticmethod
     def _add_proposals(sets: dict[str, SupervisedSet], source: GroupSource, proposals: Predictions) -> None:
         """Add the set `encoder`, and one more for a source that ranks proposals itself or has an encoder of its own."""
-        if source.proposal_embed is not None:
+        if source.proposal_embed is not None or (source.own is not None and source.own.encoder is not None):
             sets[f"encoder_{source.name}"] = SupervisedSet(proposals, source.proposal_supervision)
-        elif source.own is not None and source.own.encoder is not None:
-            sets[f"encoder_{source.name}"] = SupervisedSet(proposals, ENCODER_SUPERVISION)
         else:
             sets.setdefault("encoder", SupervisedSet(proposals, ENCODER_SUPERVISION))

@@ -72,11 +72,10 @@ class LearnedQueryTransformer(DeformableTransformer):
         nn.init.zeros_(self.reference_points.bias)
 
     def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
-        rows = table[: max(c.stop for c in claims)].expand(len(memory.tokens), -1, -1)
+        rows = table[: max(c.rows.stop for c in claims)].expand(len(memory.tokens), -1, -1)
         pos, content = rows.chunk(2, dim=-1)
         reference = at_least_float32(self.reference_points(pos)).sigmoid()
-        parts = [slice(c.start, c.stop) for c in claims]
-        return [Seeds(content[:, part], pos[:, part], reference[:, part]) for part in parts]
+        return [Seeds(content[:, c.rows], pos[:, c.rows], reference[:, c.rows]) for c in claims]
 
 
 class TwoStageTransformer(DeformableTransformer):
@@ -123,13 +122,13 @@ class TwoStageTransformer(DeformableTransformer):
 
     def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
         encoder, box_logits, tokens = self.propose(memory, heads)
-        ranked = [c.stop for c in claims if c.scorer is None]
+        ranked = [c.ranks.stop for c in claims if c.scorer is None]
         best = proposals.select_top(_objectness(encoder), max(ranked)) if ranked else None
         chosen: list[Tensor] = []
         seen: list[Predictions] = []
         for claim in claims:
             if claim.scorer is None:
-                chosen.append(best[:, claim.start : claim.stop])
+                chosen.append(best[:, claim.ranks])
                 seen.append(encoder)
             else:
                 scores = at_least_float32(claim.scorer(tokens))

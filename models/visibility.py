@@ -28,3 +28,23 @@ def _visibility(groups: tuple[tuple[str, int, int | None, tuple[str, ...]], ...]
     same = (group_of[:, None] == group_of[None]) & (block_of[:, None] == block_of[None])
     sees = torch.tensor([[other in seen for other, *_ in groups] for *_, seen in groups])
     return (same | sees[group_of[:, None], group_of[None]]).to(device)
+
+
+def hide_padding(blocked: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:
+    """Return `blocked` (Q, Q), True where a query (row) may not see another, with empty slots hidden from all others.
+
+    An empty slot still sees itself: a row without anything to see would be NaN, and so would be all gradients.
+
+    Args:
+        padding: (B, Q), True = empty slot; None: there are none, and `blocked` is returned as it is.
+        heads: of the attention, which wants the mask once for each.
+
+    Returns:
+        (B * heads, Q, Q) where there is padding.
+    """
+    if padding is None:
+        return blocked
+    itself = torch.eye(padding.shape[1], dtype=torch.bool, device=padding.device)
+    hidden = padding[:, None] & ~itself
+    hidden = hidden if blocked is None else hidden | blocked
+    return hidden.repeat_interleave(heads, 0)

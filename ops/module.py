@@ -93,7 +93,8 @@ class MSDeformAttn(nn.Module):
         # A location rounded to bfloat16 is off by up to a third of a cell on a map 167 cells wide, so from here to
         # the operator everything is at least float32, also under autocast.
         offsets = at_least_float32(self.sampling_offsets(query)).view(*shape, 2)
-        weights = at_least_float32(self.attention_weights(query)).view(*shape[:3], -1).softmax(-1).view(shape)
+        weights = at_least_float32(self.attention_weights(query)).view(*shape[:3], self.n_levels * self.n_points)
+        weights = weights.softmax(-1).view(shape)
         locations = self._locations(at_least_float32(reference), offsets, level_shapes)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights).to(value.dtype))
 

@@ -16,7 +16,9 @@ from datasets.coco_names import COCO_NAMES
 from models import build_model
 from tests.conftest import CASES, ROOT
 from tests.golden import case
+from tests.mmdet_file import mmdet_file, mmdet_state
 from tests.test_configs import flags_of, parsed
+from tests.tiny import TINY
 from util.checkpoint import load_weights
 
 # Published file (drawn weights under its names and shapes) and the preset that evaluates it.
@@ -83,13 +85,34 @@ def test_published_file_evaluates_with_its_preset(name: str, coco_folder: Path, 
         assert ours["score"] == pytest.approx(score, abs=1e-4)
 
 
+def test_co_detr_file_evaluates_with_the_classes_in_the_order_of_their_ids(coco_folder: Path, tmp_path: Path) -> None:
+    published = mmdet_file(mmdet_state(classes=80), COCO_NAMES.values())
+    torch.save(published, tmp_path / "co.pth")
+    flags = TINY.replace("--num_classes 4", "--with_box_refine --two_stage --mixed_selection").split()
+    flags += ["--coco_path", str(coco_folder), "--test_size", "96", "--device", "cpu", "--num_workers", "0"]
+    flags += ["--eval", "--resume", str(tmp_path / "co.pth"), "--output_dir", str(tmp_path / "out")]
+    assert main.main(flags) == 2  # labels are COCO's ids: 91 outputs
+    flags += ["--category_ids", "contiguous"]
+    assert main.main(flags) == 0
+
+    args = parsed([*flags, "--num_classes", "80"])
+    model, _, postprocessor = build_model(args)
+    load_weights(model.eval(), tmp_path / "co.pth")
+    found = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
+    expected = _detect(args, model, postprocessor)
+    assert len(expected) == 2 * 100
+    ids = sorted(COCO_NAMES)
+    assert [(d["image_id"], d["category_id"]) for d in found] == [(image, ids[label]) for image, label, _ in expected]
+    assert [d["score"] for d in found] == pytest.approx([score for *_, score in expected], abs=1e-4)
+
+
 @torch.no_grad()
 def _detect(args: Namespace, model: torch.nn.Module, postprocessor: torch.nn.Module) -> list[tuple[int, int, float]]:
     """Return (image id, label, score) of every detection, image by image."""
     from datasets import build_dataset, collate
 
     dataset, result = build_dataset("val", args), []
-    assert dataset.num_classes == 91
+    assert dataset.num_classes == args.num_classes
     for i in range(len(dataset)):
         images, (target,) = collate([dataset[i]])
         (detections,) = postprocessor(model(images), [target.orig_size], [target.image_id])

@@ -29,7 +29,9 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     positive += "save_every eval_every max_nonfinite print_freq".split()
     positive += "recipe_batch_size lr_drop max_size dist_timeout".split()
     not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
-    not_negative += "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many".split()
+    not_negative += (
+        "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many lambda1 lambda2".split()
+    )
     not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef".split()
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
     rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
@@ -75,6 +77,12 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
+        (
+            bool(a.aux_heads) and levels < 3,
+            f"--aux_heads need the pyramid of --num_feature_levels 3 or more, not {levels}",
+        ),
+        (len(set(a.aux_heads)) < len(a.aux_heads), f"--aux_heads {' '.join(a.aux_heads)}: name each head once"),
+        (a.max_pos_coords < 1, f"--max_pos_coords {a.max_pos_coords}: must be at least 1"),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
         (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
     ]
@@ -106,6 +114,10 @@ def _hybrid_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (a.hybrid_k < 1, f"--hybrid_k {a.hybrid_k}: must be at least 1 (1 is one-to-one)"),
         (not 0 <= a.hybrid_rho <= 1, f"--hybrid_rho {a.hybrid_rho}: a share of the epochs, 0 to 1"),
+        (
+            a.hybrid == "layer" and not a.aux_loss,
+            "--hybrid layer teaches layers before the last one: leave out --no_aux_loss",
+        ),
         (
             a.hybrid == "layer" and not 0 <= a.hybrid_layers <= a.dec_layers,
             f"--hybrid_layers {a.hybrid_layers}: 0 to --dec_layers {a.dec_layers}",

@@ -28,6 +28,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_transformer,
         _add_queries,
         _add_hybrid,
+        _add_auxiliary,
         _add_losses,
         _add_optimisation,
         _add_distributed,
@@ -260,8 +261,27 @@ def _add_hybrid(parser: argparse.ArgumentParser) -> None:
         "on the first decoder layers",
     )
     group.add_argument("--hybrid_k", default=10, type=int, help="K of --hybrid epoch and layer")
-    group.add_argument("--hybrid_rho", default=2 / 3, type=float, help="share of one-to-many epochs in --hybrid epoch")
+    group.add_argument(
+        "--hybrid_rho", default=2 / 3, type=float, help="share of one-to-many epochs in --hybrid epoch, rounded"
+    )
     group.add_argument("--hybrid_layers", default=4, type=int, help="one-to-many decoder layers L1 in --hybrid layer")
+
+
+def _add_auxiliary(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("auxiliary heads (Co-DETR, section 3)")
+    group.add_argument(
+        "--aux_heads",
+        nargs="*",
+        default=[],
+        choices=["faster_rcnn", "atss", "retinanet", "fcos", "paa", "gfl"],
+        help="heads that teach the encoder in training, and make decoder queries of their positives",
+    )
+    group.add_argument("--lambda1", default=1.0, type=float, help="weight of the losses of those queries")
+    group.add_argument(
+        "--lambda2", default=2.0, type=float, help="weight of the losses of the heads, times --dec_layers"
+    )
+    group.add_argument("--max_pos_coords", default=300, type=int, help="most queries of a head in an image")
+    group.add_argument("--eval_head", default="", help="evaluate this auxiliary head alone in place of the decoder")
 
 
 def _add_losses(parser: argparse.ArgumentParser) -> None:

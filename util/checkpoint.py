@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from util import dist
 from util.convert import find_weights, fit_to_model, to_native
+from util.convert_mmdet import class_names as mmdet_class_names
 from util.errors import UserError
 from util.misfit import LoadReport, advise
 
@@ -49,7 +50,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise UserError(_broken(path, error)) from error
         raise UserError(
             f"checkpoint {source} holds the class {found.group(1)}, which is not loaded for safety. If you trust the "
-            "file, load it once with torch.load(..., weights_only=False) and save its `model` entry alone"
+            "file, load it once with torch.load(..., weights_only=False), where the package of that class is "
+            "installed, and save its weights alone (the entry `model`, in files of mmdet `state_dict`)"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
         raise UserError(_broken(path, error)) from error
@@ -123,9 +125,9 @@ def stored_args(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def compare_classes(content: Mapping[str, Any], class_names: Sequence[str]) -> str:
-    """Return a warning if a checkpoint of ours was trained on other classes, else an empty string."""
-    theirs = list(content.get("class_names", class_names))
-    if theirs == list(class_names):
+    """Return a warning if a checkpoint that says its classes was trained on others, else an empty string."""
+    theirs = stored_class_names(content)
+    if theirs is None or theirs == list(class_names):
         return ""
     shown = [(a, b) for a, b in zip_longest(theirs, class_names, fillvalue="nothing") if a != b]
     return (
@@ -154,7 +156,7 @@ def load_weights(
     content = source if isinstance(source, Mapping) else read_checkpoint(source)
     name = name or ("the given state" if isinstance(source, Mapping) else str(source))
     own, native = model.state_dict(), native_weights(content, name)
-    state, lines = fit_to_model(native, own, shared_names(model))
+    state, lines = fit_to_model(native, own, shared_names(model), list(getattr(model, "groups", ())))
     report = LoadReport(lines=lines)
     report.reshaped = {
         n: (tuple(v.shape), tuple(own[n].shape)) for n, v in state.items() if n in own and v.shape != own[n].shape
@@ -172,13 +174,22 @@ def load_weights(
 
 
 def native_weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the weights in the content of a file under our names; UserError if there are none."""
+    """Return the weights in the content of a file under our names; UserError if there are none or none of ours."""
     weights = find_weights(content)
     if weights is None:
         raise UserError(
             f"checkpoint {name}: no weights found; expected tensors, or `model` or `state_dict` with tensors"
         )
-    return to_native(weights)
+    try:
+        return to_native(weights)
+    except UserError as error:
+        raise UserError(f"checkpoint {name}: {error}") from error
+
+
+def stored_class_names(content: Mapping[str, Any]) -> list[str] | None:
+    """Return the class names by class index inside a checkpoint, ours or a published one; None if there are none."""
+    names = content.get("class_names") or mmdet_class_names(content)
+    return list(names) if names else None
 
 
 def shared_names(model: nn.Module) -> list[list[str]]:
@@ -207,7 +218,7 @@ def init_from(
         report = load_weights(model, state, strict=False)
         report.advice = [line for line in report.advice if "--init_from" not in line]  # that is for --resume
         return report, []
-    theirs = content.get("class_names") or _published_names(state)
+    theirs = stored_class_names(content) or _published_names(state)
     if theirs is None:
         raise UserError(f"--init_class_rows: {path} does not say its class names and does not have COCO's 91 classes")
     heads = {name: value for name, value in state.items() if _is_class_head(name)}

@@ -1,7 +1,7 @@
 """From the names of published files to ours.
 
 Our parameter names are those of Deformable-DETR and H-DETR files, so only wrappers have to be taken off. A family with
-other names gets a table of its own beside `WRAPPERS`.
+other names gets a file with a table of its own (`util.convert_mmdet`).
 
 Kept oddities of those files: shared heads are stored under every name they have; a FLOPs counter left its numbers
 between the weights; H-DETR's query table holds the training-only queries behind those of inference.
@@ -10,11 +10,13 @@ between the weights; H-DETR's query table holds the training-only queries behind
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from util.convert_mmdet import from_mmdet, is_mmdet
 
 Rule = tuple[str, str]  # regular expression at the beginning of a name, replacement
 
@@ -41,7 +43,11 @@ def find_weights(content: Any) -> dict[str, Tensor] | None:
 
 
 def to_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return `state` under our names, in the order of the file; wrappers and counters are gone."""
+    """Return `state` under our names, in the order of the file; wrappers and counters are gone.
+
+    Raises:
+        UserError: it is of a detector whose names are not known.
+    """
     state = {name: value for name, value in state.items() if name.rpartition(".")[2] not in COUNTERS}
     changed = True
     while changed and state:
@@ -50,11 +56,14 @@ def to_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if all(re.match(pattern, name) for name in state):
                 state = {re.sub("^" + pattern, replacement, name): value for name, value in state.items()}
                 changed = True
-    return state
+    return from_mmdet(state) if is_mmdet(state) else state
 
 
 def fit_to_model(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], aliases: Sequence[Sequence[str]]
+    state: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    aliases: Sequence[Sequence[str]],
+    schemes: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Settle what is a matter of names and row counts only.
 
@@ -68,12 +77,15 @@ def fit_to_model(
         state: native names.
         own: the state dict of the model.
         aliases: names of `own` that are one tensor, in its order, per tensor.
+        schemes: names of the training schemes that the model has, with parameters or without.
 
     Returns:
         The fitted state and lines that say what was changed.
     """
     fitted = {n: v for n, v in state.items() if n in own or not n.endswith("num_batches_tracked")}
-    absent = sorted(_schemes(fitted) - _schemes(own))
+    absent = sorted(
+        {f"{GROUPS}{n.split('.')[1]}." for n in fitted if n.startswith(GROUPS) and n.split(".")[1] not in schemes}
+    )
     fitted = {n: v for n, v in fitted.items() if not n.startswith(tuple(absent))}
     lines = [f"left out what only training needs: {', '.join(f'{name}*' for name in absent)}"] if absent else []
     for names in aliases:
@@ -89,8 +101,3 @@ def fit_to_model(
         lines.append(f"{QUERY_TABLE}: took the first {len(wanted)} of {len(table)} rows")
         fitted[QUERY_TABLE] = table[: len(wanted)].clone()
     return fitted, lines
-
-
-def _schemes(state: Mapping[str, Tensor]) -> set[str]:
-    """Return the beginnings of the names that belong to training schemes, `groups.NAME.`."""
-    return {".".join(name.split(".")[:2]) + "." for name in state if name.startswith(GROUPS)}

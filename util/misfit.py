@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 SHOWN_GROUPS = 12
+SWIN_STEM = "backbone.0.body.patch_embed.proj.weight"
+SWIN_TABLE = "backbone.0.body.layers.0.blocks.0.attn.relative_position_bias_table"
 
 
 @dataclass
@@ -80,13 +83,24 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
 
 def _backbone(state: Mapping[str, Tensor], count) -> str | None:
     body = r"backbone\.0\.body\."
-    if any(".relative_position_bias_table" in name for name in state):
-        blocks = count(body + r"layers\.2\.blocks\.(\d+)\.")
-        return {6: "swin_tiny", 18: "swin_small"}.get(blocks, f"a Swin with {blocks} blocks in stage 3")
+    if SWIN_TABLE in state and SWIN_STEM in state:
+        return _swin(state, count(body + r"layers\.2\.blocks\.(\d+)\."))
     blocks = count(body + r"layer3\.(\d+)\.")
     bottleneck = "backbone.0.body.layer1.0.conv3.weight" in state
     names = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50", (23, True): "resnet101"}
     return names.get((blocks, bottleneck))
+
+
+def _swin(state: Mapping[str, Tensor], blocks: int) -> str:
+    """Return the name of a Swin by its width, the number of blocks in stage 3 and its window."""
+    from models.backbones.swin import SWINS
+
+    width = len(state[SWIN_STEM])
+    window = (math.isqrt(len(state[SWIN_TABLE])) + 1) // 2  # the table has (2 window - 1) ** 2 rows
+    for name, size in SWINS.items():
+        if (size.embed_dim, size.depths[2], size.window_size) == (width, blocks, window):
+            return name
+    return f"a Swin of width {width} with {blocks} blocks in stage 3 and window {window}"
 
 
 def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: Mapping[str, object]) -> list[str]:
@@ -115,6 +129,8 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
             said = "; the file says " + " ".join(f"--{n} {v}" for n, v in known.items()) if known else ""
             if theirs["num_feature_levels"] == ours["num_feature_levels"]:
                 lines.append(f"check --nheads, --enc_n_points and --dec_n_points{said}")
+        elif (flag, value, mine) == ("num_classes", 80, 91):
+            lines.append("use --category_ids contiguous: the file numbers the 80 classes of COCO without gaps")
         elif flag == "num_classes":
             lines.append(
                 f"the file has {value} classes, this model {mine}: to fine-tune on other classes use --init_from in "

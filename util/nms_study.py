@@ -108,7 +108,8 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
         axes.bar_label(bars, fmt="%.1f")
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel("AP")
-    axes.legend()
+    axes.set_ylim(0, 105)
+    figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(folder / "nms.png", dpi=120)
     plt.close(figure)
     return [*written, folder / "nms.png"]

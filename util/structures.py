@@ -83,15 +83,14 @@ class FlatTargets:
     image_ids: list[int]
 
     @classmethod
-    def of(cls, targets: Sequence[Target], *, class_agnostic: bool = False) -> FlatTargets:
-        """Lay `targets` flat; with `class_agnostic` all of them are class 0."""
+    def of(cls, targets: Sequence[Target]) -> FlatTargets:
+        """Lay `targets` flat."""
         labels, boxes = torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets])
         sizes = [len(t) for t in targets]
         image = [i for i, size in enumerate(sizes) for _ in range(size)]
         starts = [0, *accumulate(sizes)][:-1]
         index = torch.tensor(image + starts, dtype=torch.int64).to(labels.device, non_blocking=True)
         ids = [t.image_id for t in targets]
-        labels = torch.zeros_like(labels) if class_agnostic else labels
         return cls(labels, boxes, *index.split([len(image), len(starts)]), sizes, ids)
 
 
@@ -103,6 +102,11 @@ class Memory:
     padding: Tensor  # (B, S) bool
     shapes: LevelShapes  # (h, w) per level as python ints: no device synchronisation
     valid_ratios: Tensor  # (B, levels, 2) x, y share of each level that is image
+
+    def maps(self) -> list[Tensor]:
+        """Return the tokens as maps again, [(B, D, h, w)] per level."""
+        levels = self.tokens.transpose(1, 2).split([h * w for h, w in self.shapes], dim=2)
+        return [level.unflatten(2, shape) for level, shape in zip(levels, self.shapes)]
 
 
 @dataclass
@@ -153,15 +157,14 @@ class Supervision:
     layers: range | None = None  # decoder layers it teaches; None = all
     weight: float = 1.0  # lambda of the scheme
     repeat: int = 1  # k: a target may be matched k times
-    blocks: int = 1  # cut the slots into so many equal blocks, each matched with all targets on its own
+    block: int | None = None  # cut the slots into blocks of this size, each matched with all targets on its own
     class_agnostic: bool = False  # two-stage: all targets are class 0
-    count: Literal["targets", "positives"] = "targets"  # targets x copies, or the number of matched pairs
+    count: Literal["targets", "positives"] = "targets"  # targets x repeat, or the number of matched pairs
     terms: tuple[str, ...] = ("labels", "boxes")
 
-    @property
-    def copies(self) -> int:
-        """How often a target may be matched in one layer."""
-        return self.repeat * self.blocks
+    def copies(self, slots: int) -> int:
+        """Return how often a target may be matched among so many slots of a layer."""
+        return self.repeat * -(-slots // (self.block or max(slots, 1)))
 
 
 @dataclass
@@ -185,13 +188,21 @@ class QueryGroup:
 class Claim:
     """What a group source wants of the first queries."""
 
-    start: int  # its first rank, and its first row of the table of learned queries
+    start: int  # its first row of the table of learned queries, and its first rank unless `rank` says another
     count: int
     scorer: nn.Module | None = None  # (B, S, D) -> (B, S, C): ranks the proposals in place of the shared class head
+    rank: int | None = None
 
     @property
-    def stop(self) -> int:
-        return self.start + self.count
+    def rows(self) -> slice:
+        """Its rows of the table."""
+        return slice(self.start, self.start + self.count)
+
+    @property
+    def ranks(self) -> slice:
+        """Its places in the ranking of proposals."""
+        first = self.start if self.rank is None else self.rank
+        return slice(first, first + self.count)
 
 
 @dataclass
@@ -236,6 +247,9 @@ class DetectorOutput:
 
     sets: dict[str, SupervisedSet]
     aux_losses: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads, already normalised and weighted
+    aux_logs: dict[str, Tensor] = field(default_factory=dict)  # of auxiliary heads, only logged
+    # Of auxiliary heads on their own, by head and image; boxes xyxy relative to the image.
+    aux_detections: dict[str, list[Detections]] = field(default_factory=dict)
 
     @property
     def pred_logits(self) -> Tensor:

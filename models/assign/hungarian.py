@@ -30,11 +30,13 @@ class Request:
     predictions: Predictions
     targets: FlatTargets  # labels already 0 where the supervision is class-agnostic
     supervision: Supervision
-    layers: Sequence[int] = ()  # layers of `predictions` that are meant, empty = all
+    rows: Sequence[int] | None = None  # layers of `predictions` that are meant; None = all
     slots: slice = field(default_factory=lambda: slice(None))
+    layers: Sequence[int] | None = None  # their numbers in the decoder, for messages; None = the same
 
     def __post_init__(self) -> None:
-        self.layers = self.layers or range(self.predictions.layers)
+        self.rows = range(self.predictions.layers) if self.rows is None else self.rows
+        self.layers = self.rows if self.layers is None else self.layers
         self.slots = slice(*self.slots.indices(self.predictions.logits.shape[2]))
 
 
@@ -93,12 +95,12 @@ def _solve(request: Request, costs: np.ndarray) -> np.ndarray:
     """Return the pairs of one request, (4, P) int64: layer, image, slot, target."""
     pairs = [np.empty((4, 0), np.int64)]
     for image, own in _by_image(costs, request.targets.sizes):
-        for layer in request.layers:
+        for row, layer in zip(request.rows, request.layers):
             where = f"set {request.name}, layer {layer}, image id {request.targets.image_ids[image]}"
-            block = _finite(own[:, layer, request.slots], where)
-            slots, columns = match(block, repeat=request.supervision.repeat, blocks=request.supervision.blocks)
+            cost = _finite(own[:, row, request.slots], where)
+            slots, columns = match(cost, repeat=request.supervision.repeat, block=request.supervision.block)
             found = np.empty((4, len(slots)), np.int64)
-            found[0], found[1], found[2], found[3] = layer, image, slots + request.slots.start, columns
+            found[0], found[1], found[2], found[3] = row, image, slots + request.slots.start, columns
             pairs.append(found)
     return np.concatenate(pairs, 1)
 
@@ -112,19 +114,20 @@ def _by_image(costs: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, np
         start += size
 
 
-def match(cost: np.ndarray, *, repeat: int = 1, blocks: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return the slots (ascending) and targets of the cheapest matching of one image and layer.
 
     Args:
         cost: (M, N) of targets and slots, finite.
         repeat: how many slots a target may get in a block.
-        blocks: into how many equal parts the slots are cut, each matched on its own.
+        block: size of the parts that the slots are cut into, each matched on its own; the last one may be smaller.
     """
-    targets, width = len(cost), cost.shape[1] // blocks
+    targets, width = cost.shape
     slots, columns = [], []
-    for first in range(0, width * blocks, width or 1):
+    for first in range(0, width, block or max(width, 1)):
         # The same list k times, one after the other: t1 t2 t3 t1 t2 t3, as published.
-        rows, found = linear_sum_assignment(np.tile(cost[:, first : first + width], (repeat, 1)))
+        part = cost[:, first : first + (block or width)]
+        rows, found = linear_sum_assignment(np.tile(part, (repeat, 1)))
         order = found.argsort()
         slots.append(found[order] + first)
         columns.append(rows[order] % targets)
@@ -153,8 +156,9 @@ def _to_device(requests: Sequence[Request], solved: list[np.ndarray]) -> list[As
     assignments = []
     for request, pairs in zip(requests, flat.split([s.shape[1] for s in solved], dim=1)):
         supervision = request.supervision
-        targets = sum(request.targets.sizes) * supervision.copies
-        matched = pairs.shape[1] / max(len(request.layers), 1)
+        # Not times the blocks: the losses of blocks add up, each a mean over its targets (H-TransTrack).
+        targets = sum(request.targets.sizes) * supervision.repeat
+        matched = pairs.shape[1] / max(len(request.rows), 1)
         count = targets if supervision.count == "targets" else matched
         assignments.append(Assignment(*pairs, count=float(count)))
     return assignments

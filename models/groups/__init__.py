@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from models.aux_heads import build_aux_heads
+from models.aux_heads.queries import PositiveQueries
 from models.groups.base import Context, GroupSource, OwnParts
+from models.groups.collaborative import Collaborative
 from models.groups.hybrid import HybridEpoch, HybridLayer, OneToMany
 from models.groups.matching import OneToOne
-from models.parts import build_decoder, build_encoder, build_heads
+from models.parts import build_decoder, build_encoder, build_heads, num_classes
 from util.errors import UserError
 
 __all__ = ["BUILDERS", "Context", "GroupSource", "OwnParts", "build_groups"]
@@ -50,11 +53,25 @@ def _own_parts(args: Namespace, depth: int) -> OwnParts | None:
     )
 
 
+def _collaborative(args: Namespace) -> GroupSource | None:
+    if not args.aux_heads:
+        return None
+    strides = [8 * 2**level for level in range(args.num_feature_levels)]
+    size = {"width": args.hidden_dim, "strides": [*strides, 2 * strides[-1]]}
+    heads = build_aux_heads(args.aux_heads, num_classes=num_classes(args), **size)
+    queries = PositiveQueries(
+        args.hidden_dim, heads=len(heads), layers=args.dec_layers, weight=args.lambda1, limit=args.max_pos_coords
+    )
+    return Collaborative(
+        heads, queries, width=args.hidden_dim, strides=strides, loss_scale=args.dec_layers * args.lambda2
+    )
+
+
 # What `--one2many_own` adds, each to the one before (H-DETR, supplement, sharing).
 OWN_PARTS = ("nothing", "class", "heads", "decoder", "encoder")
 
 # In the order in which they take ranked queries; a scheme is on when its flags ask for something.
-BUILDERS = (_one2one, _one2many)
+BUILDERS = (_one2one, _one2many, _collaborative)
 
 
 def build_groups(args: Namespace) -> list[GroupSource]:
@@ -69,4 +86,8 @@ def build_groups(args: Namespace) -> list[GroupSource]:
     if args.eval_group not in names:
         raise UserError(f"--eval_group {args.eval_group}: these flags make the groups {', '.join(names)}")
     sources[names.index(args.eval_group)].training_only = False
+    if args.eval_head:
+        if args.eval_head not in args.aux_heads:
+            raise UserError(f"--eval_head {args.eval_head}: it is not among --aux_heads {' '.join(args.aux_heads)}")
+        sources[-1].training_only = False
     return sources

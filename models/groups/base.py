@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.heads import Heads
-from util.structures import ImageBatch, Memory, QueryGroup, Seeds, Supervision, Target
+from util.structures import DetectorOutput, ImageBatch, Memory, QueryGroup, Seeds, Supervision, Target
+
+# Two-stage: every target is class 0, "object", of the proposals.
+ENCODER_SUPERVISION = (Supervision("hungarian", class_agnostic=True),)
 
 
 @dataclass
@@ -19,6 +22,7 @@ class Context:
     seeds: Seeds  # the rows that belong to this source: `num_queries` of them, fewer if there are fewer tokens
     targets: list[Target] | None
     epoch: int
+    output: DetectorOutput  # to add losses, log entries and detections of its own (`aux_*`)
 
 
 class OwnParts(nn.Module):
@@ -55,7 +59,7 @@ class GroupSource(nn.Module):
     name: str  # of its group, and of its parameters in the state dict: `groups.NAME.*`
     num_queries: int = 0  # how many ranked first queries it consumes
     training_only: bool = True  # silent in `eval()`: inference needs no switch
-    proposal_supervision: tuple[Supervision, ...] = ()  # how `proposal_embed` is taught
+    proposal_supervision: tuple[Supervision, ...] = ENCODER_SUPERVISION  # how the proposals ranked for it are taught
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,6 +71,10 @@ class GroupSource(nn.Module):
     def alive(self) -> bool:
         """Whether it contributes in the present mode."""
         return self.training or not self.training_only
+
+    def supervision(self, epoch: int) -> tuple[Supervision, ...]:
+        """Return how its queries are taught in this epoch."""
+        raise NotImplementedError
 
     def forward(self, ctx: Context) -> list[QueryGroup]:
         """Return the groups of this scheme for one batch."""

@@ -21,10 +21,10 @@ class OneToMany(GroupSource):
         num_queries: T, 1500 in the paper.
         repeat: K, how often a target may be matched, 6 in the paper.
         weight: lambda of the one-to-many losses.
-        isolated: cut the queries into K groups of equal size, blind to each other and each matched one-to-one
-            (H-TransTrack); otherwise all see each other and share K copies of every target.
+        isolated: cut the queries into K groups of equal size, blind to each other, each matched one-to-one, and add
+            their losses (H-TransTrack); otherwise all see each other and share K copies of every target.
         proposal_embed: class head that ranks the proposals the one-to-one queries leave, taught with K + 1 copies of
-            every target (supplement); None: they are the next ones in the common ranking.
+            every target, also times lambda (supplement); None: they are the next ones in the common ranking.
         own: parts that these queries do not share (supplement).
 
     Raises:
@@ -48,15 +48,18 @@ class OneToMany(GroupSource):
             raise ValueError(f"{num_queries} queries cannot be cut into {repeat} groups of equal size")
         self.num_queries = num_queries
         self.block = num_queries // repeat if isolated else None
-        copies = {"blocks": repeat} if isolated else {"repeat": repeat}
-        self.supervision = Supervision("hungarian", weight=weight, **copies)
-        self.proposal_embed = proposal_embed
-        self.proposal_supervision = (Supervision("hungarian", repeat=repeat + 1, class_agnostic=True),)
+        self.taught = Supervision("hungarian", weight=weight, repeat=1 if isolated else repeat, block=self.block)
         self.own = own
+        self.proposal_embed = proposal_embed
+        if proposal_embed is not None:
+            taught = Supervision("hungarian", weight=weight, repeat=repeat + 1, class_agnostic=True)
+            self.proposal_supervision = (taught,)
+
+    def supervision(self, epoch: int) -> tuple[Supervision, ...]:
+        return (self.taught,)
 
     def forward(self, ctx: Context) -> list[QueryGroup]:
-        seeds = ctx.seeds
-        taught = (self.supervision,)
+        seeds, taught = ctx.seeds, self.supervision(ctx.epoch)
         return [QueryGroup(self.name, seeds.content, seeds.reference, seeds.pos, taught, block=self.block)]
 
 

@@ -17,7 +17,6 @@ class OneToOne(GroupSource):
         self.num_queries = num_queries
 
     def supervision(self, epoch: int) -> tuple[Supervision, ...]:
-        """Return how the group is taught in this epoch; schemes that keep one group of queries change only this."""
         return (Supervision("hungarian"),)
 
     def forward(self, ctx: Context) -> list[QueryGroup]:

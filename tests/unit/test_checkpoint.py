@@ -175,6 +175,8 @@ def test_parts_of_a_training_scheme_are_left_out_where_the_model_is_without_it()
     report = load_weights(tiny_model("--with_box_refine"), state)
     assert report.fits
     assert "left out what only training needs: groups.one2many.*" in report.lines
+    with pytest.raises(UserError, match=r"groups\.one2many"):  # the branch is there, but shares its heads
+        load_weights(tiny_model(branch), state)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from models.assign.hungarian import match
 from models.criterion import Criterion
 from models.detector import Detector
 from models.groups import build_groups
+from models.groups.hybrid import HybridEpoch
+from tests.cli import run
 from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
 from util.errors import UserError
-from util.structures import DetectorOutput, SupervisedSet, Target
+from util.structures import DetectorOutput, Predictions, SupervisedSet, Supervision, Target
 
 BRANCH = "--num_queries_one2many 12 --k_one2many 3"
 ORIGINS = {
@@ -104,6 +106,76 @@ def test_inference_costs_what_it_costs_without_the_branch(more: str) -> None:
     assert flops[0] == flops[1] > 0
 
 
+def test_one_to_many_queries_do_not_depend_on_the_one_to_one_queries() -> None:
+    for origin in (ORIGINS["learned"], ORIGINS["mixed"]):
+        model = spread(build_detector(tiny_args(f"{origin} {BRANCH}"))).train()
+        with torch.no_grad():
+            before = model(tiny_images())
+            model.query_embed.weight[:8] += 1.0
+            after = model(tiny_images())
+        assert not torch.allclose(before.pred_boxes, after.pred_boxes)
+        many = [output.sets["one2many"].predictions.boxes for output in (before, after)]
+        assert torch.allclose(*many, atol=1e-6)
+
+
+def test_lambda_multiplies_every_entry_of_the_branch_and_nothing_else() -> None:
+    terms = []
+    for weight in (1.0, 0.25):
+        torch.manual_seed(0)
+        flags = f"{TWO_STAGE} {BRANCH} --one2many_proposals own --lambda_one2many {weight}"
+        model, criterion, _ = build_model(tiny_args(flags))
+        terms.append(step(spread(model), criterion, tiny_targets()).terms)
+    assert terms[0].keys() == terms[1].keys()
+    for name, value in terms[0].items():
+        factor = 0.25 if name.endswith("one2many") else 1.0
+        assert terms[1][name].item() == pytest.approx(factor * value.item(), rel=1e-5), name
+
+
+@pytest.mark.parametrize("more", ["", "--one2many_groups isolated", *(f"--one2many_own {p}" for p in OWN)])
+@pytest.mark.parametrize("queries", [16, 40], ids=["some_left", "none_left"])
+def test_fewer_proposals_than_queries_leave_a_smaller_or_empty_branch(queries: int, more: str) -> None:
+    args = tiny_args(f"{TWO_STAGE} --num_feature_levels 3 --num_queries {queries} {BRANCH} {more}")
+    model, criterion, _ = build_model(args)
+    images = tiny_images([(64, 32), (40, 32)])  # 8 x 4 + 4 x 2 + 2 x 1 cells
+    output = model(images, tiny_targets())
+    report = criterion(output, tiny_targets())
+    report.total.backward()
+    assert torch.isfinite(report.total)
+    if "encoder" not in more:
+        tokens = output.sets["encoder"].predictions.logits.shape[2]
+        assert output.sets["one2many"].predictions.logits.shape[2] == max(0, min(12, tokens - queries))
+
+
+def test_an_own_encoder_gives_its_best_proposals_to_its_own_queries() -> None:
+    model = build_detector(tiny_args(f"{TWO_STAGE} {BRANCH} --one2many_own encoder")).train()
+    with torch.no_grad():
+        output = spread(model)(tiny_images())
+        scores = output.sets["encoder_one2many"].predictions.logits[0, ..., 0]
+        best = scores.topk(12, dim=1).indices
+        (source, _, seeds) = model._streams(tiny_images())[1]
+        boxes = output.sets["encoder_one2many"].predictions.boxes[0]
+        expected = boxes.gather(1, best[..., None].expand(-1, -1, 4))
+    assert source.name == "one2many"
+    assert torch.allclose(seeds.reference, expected, atol=1e-6)
+
+
+def test_training_tells_the_scheme_its_epoch_also_after_a_resume(tmp_path, monkeypatch) -> None:
+    seen: list[int] = []
+    original = HybridEpoch.supervision
+
+    def watch(self, epoch: int):
+        if self.training:
+            seen.append(epoch)
+        return original(self, epoch)
+
+    monkeypatch.setattr(HybridEpoch, "supervision", watch)
+    flags = "--hybrid epoch --hybrid_k 2 --synthetic_train 4 --synthetic_val 2 --epochs"
+    assert run(tmp_path, f"{flags} 2") == 0
+    assert seen == [0, 0, 1, 1]
+    assert run(tmp_path, f"{flags} 3 --resume auto") == 0
+    assert seen == [0, 0, 1, 1, 2, 2]
+
+
 def test_one_repeat_of_equal_queries_gives_the_one_to_one_losses_a_second_time() -> None:
     model, criterion, _ = build_model(tiny_args("--with_box_refine --num_queries_one2many 8 --k_one2many 1"))
     spread(model)
@@ -143,8 +215,8 @@ def matched_pairs(args: Namespace, *, epochs: int, layers: int) -> int:
     for source in build_groups(args):
         source.train()
         for epoch in range(epochs):
-            taught = source.supervision(epoch) if source.name == "one2one" else (source.supervision,)
-            total += sum(s.copies * len(s.layers or range(layers)) for s in taught)
+            queries = source.num_queries
+            total += sum(s.copies(queries) * len(s.layers or range(layers)) for s in source.supervision(epoch))
     return total
 
 
@@ -211,7 +283,7 @@ def matched(criterion: Criterion, output: DetectorOutput, targets: list[Target])
 
 def test_isolated_groups_match_every_target_once_in_each_block() -> None:
     cost = torch.rand(3, 12, generator=torch.Generator().manual_seed(1)).numpy()
-    slots, targets = match(cost, blocks=3)
+    slots, targets = match(cost, block=4)
     for block in range(3):
         here = slots // 4 == block
         assert sorted(targets[here]) == [0, 1, 2]
@@ -234,10 +306,27 @@ def test_isolated_groups_are_blind_to_each_other_and_joint_ones_are_not() -> Non
     assert changed == {"joint": [True, True, True], "isolated": [False, True, False]}
 
 
-def test_isolated_groups_normalise_by_the_targets_of_all_blocks() -> None:
-    model, criterion, _ = build_model(tiny_args(f"{BRANCH} --one2many_groups isolated"))
-    one, many = matched(criterion, model(tiny_images(), tiny_targets()), tiny_targets())
-    assert (one.count, many.count) == (2, 6)
+def test_a_last_block_of_fewer_slots_is_matched_like_the_others() -> None:
+    cost = torch.rand(2, 9, generator=torch.Generator().manual_seed(1)).numpy()
+    slots, targets = match(cost, block=4)
+    assert [(slots // 4 == block).sum() for block in range(3)] == [2, 2, 1]
+    assert sorted(targets[slots // 4 == 1]) == [0, 1]
+
+
+def test_losses_of_isolated_groups_are_those_of_one_criterion_call_for_each_added() -> None:
+    model, criterion, _ = build_model(tiny_args(f"{BRANCH} --lambda_one2many 0.5 --one2many_groups isolated"))
+    output = spread(model)(tiny_images(), tiny_targets())
+    terms = criterion(output, tiny_targets()).terms
+    many = output.sets["one2many"].predictions
+    blocks = [slice(start, start + 4) for start in (0, 4, 8)]
+    alone = [Predictions(many.logits[:, :, block], many.boxes[:, :, block]) for block in blocks]
+    calls = [
+        criterion(DetectorOutput({"one2one": SupervisedSet(part, (Supervision(),))}), tiny_targets()).terms
+        for part in alone
+    ]
+    for name in ("loss_ce", "loss_bbox", "loss_giou", "loss_ce_0"):
+        expected = 0.5 * sum(call[name].item() for call in calls)
+        assert terms[f"{name}_one2many"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_groups_of_unequal_size_are_refused_with_the_way_out() -> None:
@@ -336,6 +425,7 @@ def test_any_group_can_be_evaluated_by_its_name() -> None:
         ("--hybrid layer --hybrid_layers 3", "0 to --dec_layers 2"),
         ("--hybrid epoch --hybrid_rho 1.5", "0 to 1"),
         ("--hybrid epoch --hybrid_k 0", "at least 1"),
+        ("--hybrid layer --hybrid_layers 1 --no_aux_loss", "leave out --no_aux_loss"),
         ("--nms_iou 2", "an IoU"),
     ],
 )

@@ -9,6 +9,11 @@ import numpy as np
 from tests.golden.runners import (
     attention,
     boxes,
+    co_head_atss,
+    co_head_rpn_roi,
+    co_other_heads,
+    co_postprocess,
+    co_queries,
     construction,
     criterion,
     data_transforms,
@@ -31,5 +36,10 @@ RUNNERS: dict[str, Callable[[dict, dict[str, np.ndarray]], None]] = {
     "swin_small_window": swin.run,
     "data_transforms": data_transforms.run,
     "construction": construction.run,
+    "co_aux_queries": co_queries.run,
+    "co_postprocess": co_postprocess.run,
+    "co_head_atss": co_head_atss.run,
+    "co_head_rpn_roi": co_head_rpn_roi.run,
+    "co_other_heads": co_other_heads.run,
     "deformable_detr_model": detector.run,
 }

@@ -1,0 +1,76 @@
+"""Co-DETR, section 3: auxiliary heads on the encoder's maps, and decoder queries made from their positives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from models.aux_heads.base import AuxHead, Objects, Pyramid
+from models.aux_heads.queries import PositiveQueries
+from models.groups.base import Context, GroupSource
+from util.structures import Detections, QueryGroup
+
+
+class Collaborative(GroupSource):
+    """Heads with one-to-many assigners teach the encoder; each has a group `co_HEAD` of decoder queries.
+
+    The groups are as large as the images have positives, see nobody else, and are taught with the pairs of their head
+    on every layer. None of it exists in inference, unless a head is evaluated.
+
+    Args:
+        heads: in the order of their index in `queries`.
+        queries: makes decoder queries of the samples of a head.
+        width: channels of the encoder's maps.
+        strides: of the encoder's maps, in pixels.
+        loss_scale: factor of all losses of the heads: the number of decoder layers times lambda2 (eq. 6: the term of
+            the heads is inside the sum over layers).
+    """
+
+    name = "co"
+
+    def __init__(
+        self,
+        heads: Sequence[AuxHead],
+        queries: PositiveQueries,
+        *,
+        width: int,
+        strides: Sequence[int],
+        loss_scale: float,
+    ) -> None:
+        super().__init__()
+        self.strides = (*strides, 2 * strides[-1])
+        self.loss_scale = loss_scale
+        self.downsample = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(32, width))
+        self.heads = nn.ModuleDict({head.name: head for head in heads})
+        self.queries = queries
+
+    def forward(self, ctx: Context) -> list[QueryGroup]:
+        pyramid = self.pyramid(ctx)
+        if not self.training:
+            ctx.output.aux_detections.update(self.detect(pyramid))
+            return []
+        objects = Objects.of(ctx.targets, pyramid.sizes)
+        outputs = {name: head(pyramid, objects) for name, head in self.heads.items()}
+        for name, output in outputs.items():
+            for term, loss in output.losses.items():
+                ctx.output.aux_losses[f"{term}_{name}"] = self.loss_scale * loss.sum()
+            ctx.output.aux_logs.update((f"{key}_{name}", value) for key, value in output.logs.items())
+        return self.queries([(f"co_{name}", output.samples) for name, output in outputs.items()], pyramid.sizes)
+
+    def pyramid(self, ctx: Context) -> Pyramid:
+        """Return the encoder's maps and one more level (section 3.2, multi-scale adapter)."""
+        maps = ctx.memory.maps()
+        maps.append(self.downsample(maps[-1]))
+        sizes = list(ctx.images.sizes)
+        return Pyramid(maps, self.strides, sizes, sizes, tuple(ctx.images.pixels.shape[-2:]))
+
+    def detect(self, pyramid: Pyramid) -> dict[str, list[Detections]]:
+        """Return what each head detects on its own, boxes xyxy relative to the image."""
+        scales = [torch.tensor((w, h, w, h)) for h, w in pyramid.sizes]
+        return {
+            name: [replace(d, boxes_px=d.boxes_px / s.to(d.boxes_px)) for d, s in zip(head.predict(pyramid), scales)]
+            for name, head in self.heads.items()
+        }

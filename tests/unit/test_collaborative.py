@@ -1,0 +1,102 @@
+"""Co-DETR: auxiliary heads and their positive queries inside the detector, alone and with the other schemes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models import build_detector, build_model
+from models.aux_heads import HEADS
+from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
+from util.errors import UserError
+
+SIZES = [(128, 128), (96, 114)]
+HYBRID = f"{TWO_STAGE} --num_queries_one2many 6 --k_one2many 2"
+FORMS = {
+    "one_stage": "--aux_heads atss faster_rcnn",
+    "two_stage_k1": f"{TWO_STAGE} --mixed_selection --aux_heads atss",
+    "with_hybrid_branch": f"{HYBRID} --aux_heads faster_rcnn",
+    "all_heads": f"--with_box_refine --aux_heads {' '.join(HEADS)}",
+}
+
+
+@pytest.mark.parametrize("flags", FORMS.values(), ids=list(FORMS))
+def test_heads_and_their_queries_train_every_parameter_with_and_without_objects(flags: str) -> None:
+    model, criterion, _ = build_model(tiny_args(flags))
+    crowd = make_target(torch.rand(150, 4, generator=torch.Generator().manual_seed(0)).mul(0.4).tolist(), [1] * 150)
+    for targets in (tiny_targets(), [make_target(), make_target()], [crowd, make_target()]):
+        model.zero_grad()
+        output = model(tiny_images(SIZES), targets)
+        report = criterion(output, targets)
+        report.total.backward()
+        assert torch.isfinite(report.total)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"{name} gets no gradient"
+                assert torch.isfinite(parameter.grad).all(), f"{name} gets a non-finite gradient"
+
+
+def test_every_head_has_a_group_taught_with_its_own_pairs() -> None:
+    model, criterion, _ = build_model(tiny_args(FORMS["one_stage"]))
+    output = model(tiny_images(SIZES), tiny_targets())
+    terms = criterion(output, tiny_targets()).terms
+    assert list(output.sets) == ["one2one", "co_faster_rcnn", "co_atss"]
+    for group in ("co_faster_rcnn", "co_atss"):
+        (taught,) = output.sets[group].supervision
+        pairs = taught.assign
+        assert pairs.count == (pairs.image == 0).sum().item() / 2 > 0  # two layers; the second image has no object
+        assert set(pairs.target.tolist()) <= {0, 1}
+        assert {f"loss_ce_{group}", f"loss_ce_0_{group}", f"loss_bbox_{group}", f"loss_giou_{group}"} <= set(terms)
+    assert {"loss_cls_atss", "loss_centerness_atss", "loss_rpn_cls_faster_rcnn", "acc_faster_rcnn"} <= set(terms)
+
+
+def test_the_main_queries_do_not_notice_the_auxiliary_ones() -> None:
+    for flags in ("", f"{TWO_STAGE} --mixed_selection"):
+        plain = build_detector(tiny_args(flags)).train()
+        taught = build_detector(tiny_args(f"{flags} --aux_heads atss faster_rcnn")).train()
+        taught.load_state_dict(plain.state_dict(), strict=False)
+        with torch.no_grad():
+            ours, theirs = (m(tiny_images(SIZES), tiny_targets()) for m in (taught, plain))
+        assert torch.allclose(ours.pred_logits, theirs.pred_logits, atol=1e-5)
+        assert torch.allclose(ours.pred_boxes, theirs.pred_boxes, atol=1e-5)
+
+
+def test_lambdas_scale_the_losses_of_queries_and_heads() -> None:
+    terms = []
+    for flags in ("", "--lambda1 0.5 --lambda2 1"):
+        torch.manual_seed(0)
+        model, criterion, _ = build_model(tiny_args(f"--aux_heads atss {flags}"))
+        terms.append(criterion(model(tiny_images(SIZES), tiny_targets()), tiny_targets()).terms)
+    for name, value in terms[0].items():
+        factor = 0.5 if name.endswith("atss") else 1.0
+        assert terms[1][name].item() == pytest.approx(factor * value.item(), rel=1e-5, abs=1e-7), name
+
+
+def test_in_inference_heads_and_queries_are_silent_unless_a_head_is_evaluated() -> None:
+    silent = build_detector(tiny_args(FORMS["one_stage"])).eval()
+    with torch.no_grad():
+        output = silent(tiny_images(SIZES))
+    assert list(output.sets) == ["one2one"] and not output.aux_detections
+
+    model, _, postprocessor = build_model(tiny_args(f"{FORMS['one_stage']} --eval_head atss"))
+    with torch.no_grad():
+        output = model.eval()(tiny_images(SIZES))
+    detections = postprocessor(output, [(256, 256), (10, 20)], [3, 4])
+    assert [d.image_id for d in detections] == [3, 4]
+    assert all(len(d.scores) > 0 and (d.scores.diff() <= 0).all() for d in detections)
+    assert detections[1].boxes_px.max() <= 20 and detections[1].boxes_px[:, 3].max() <= 10
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--aux_heads atss --num_feature_levels 1", "3 or more"),
+        ("--aux_heads atss atss", "name each head once"),
+        ("--aux_heads atss --eval_head fcos", "not among --aux_heads atss"),
+        ("--aux_heads atss --max_pos_coords 0", "at least 1"),
+        ("--aux_heads atss --lambda1 -1", "0 or more"),
+    ],
+)
+def test_impossible_flags_are_refused_with_the_way_out(flags: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_model(tiny_args(flags))
