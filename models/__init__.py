@@ -23,6 +23,7 @@ __all__ = [
     "build_criterion",
     "build_detector",
     "build_model",
+    "build_postprocessor",
     "build_transformer",
     "num_classes",
 ]
@@ -38,7 +39,7 @@ def build_model(args: Namespace) -> tuple[Detector, Criterion, PostProcessor]:
     return (
         build_detector(args),
         build_criterion(args),
-        PostProcessor(args.topk, nms_iou=args.nms_iou, group=args.eval_head or args.eval_group),
+        build_postprocessor(args),
     )
 
 
@@ -62,6 +63,17 @@ def build_transformer(args: Namespace) -> DeformableTransformer:
     if args.two_stage:
         return TwoStageTransformer(encoder, decoder, mixed_selection=args.mixed_selection, **shape)
     return LearnedQueryTransformer(encoder, decoder, **shape)
+
+
+def build_postprocessor(args: Namespace) -> PostProcessor:
+    """Return what turns the predictions of the evaluated queries, or of the evaluated head, into detections."""
+    return PostProcessor(
+        args.topk,
+        nms_iou=args.nms_iou,
+        soft_nms_iou=args.soft_nms_iou,
+        clip=args.clip_boxes,
+        group=args.eval_head or args.eval_group,
+    )
 
 
 def build_criterion(args: Namespace) -> Criterion:

@@ -84,6 +84,8 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (len(set(a.aux_heads)) < len(a.aux_heads), f"--aux_heads {' '.join(a.aux_heads)}: name each head once"),
         (a.max_pos_coords < 1, f"--max_pos_coords {a.max_pos_coords}: must be at least 1"),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
+        (not 0 <= a.soft_nms_iou <= 1, f"--soft_nms_iou {a.soft_nms_iou}: an IoU, 0 (no soft-NMS) to 1"),
+        (a.nms_iou > 0 and a.soft_nms_iou > 0, "--nms_iou and --soft_nms_iou: give one of them"),
         (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
     ]
     return rules + _hybrid_rules(a)

@@ -123,6 +123,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="AP implementation; auto: faster-coco-eval if installed, else pycocotools",
     )
     group.add_argument("--nms_iou", default=0.0, type=float, help="IoU above which NMS drops a detection; 0: no NMS")
+    group.add_argument(
+        "--soft_nms_iou", default=0.0, type=float, help="IoU above which soft-NMS lowers a score (Co-DINO: 0.8); 0: off"
+    )
+    group.add_argument("--clip_boxes", action=SWITCH, default=False, help="cut boxes at the image border (Co-DETR)")
     group.add_argument("--eval_group", default="one2one", help="evaluate this group of queries, as one2many")
 
 

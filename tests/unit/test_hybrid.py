@@ -432,3 +432,12 @@ def test_any_group_can_be_evaluated_by_its_name() -> None:
 def test_impossible_flags_are_refused_with_the_way_out(flags: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(tiny_args(flags))
+
+
+def test_averaged_weights_of_a_hybrid_run_are_evaluated_without_the_branch(tmp_path, capsys) -> None:
+    data = "--synthetic_train 4 --synthetic_val 2 --use_ema"
+    assert run(tmp_path / "run", f"{data} --epochs 1 {BRANCH} --with_box_refine --one2many_own heads") == 0
+    file = tmp_path / "run" / "checkpoint.pth"
+    assert run(tmp_path / "eval", f"{data} --with_box_refine --eval --resume {file}") == 0
+    assert "groups.one2many.*" in capsys.readouterr().out
+    assert (tmp_path / "eval" / "eval_ema" / "results.json").is_file()
