@@ -9,6 +9,7 @@ import numpy as np
 from tests.golden.runners import (
     attention,
     boxes,
+    co_deformable,
     co_head_atss,
     co_head_rpn_roi,
     co_other_heads,
@@ -38,6 +39,7 @@ RUNNERS: dict[str, Callable[[dict, dict[str, np.ndarray]], None]] = {
     "construction": construction.run,
     "co_aux_queries": co_queries.run,
     "co_postprocess": co_postprocess.run,
+    "co_deformable_model": co_deformable.run,
     "co_head_atss": co_head_atss.run,
     "co_head_rpn_roi": co_head_rpn_roi.run,
     "co_other_heads": co_other_heads.run,

@@ -62,12 +62,16 @@ def check_training(
         check_gradients(model, report.total, step["grad_norms"], names)
 
 
-def own_names(state: Mapping[str, Tensor], name: str) -> dict[str, str]:
-    """Return one of our names for each published name that we keep; the state is converted with numbered tensors."""
+def own_names(state: Mapping[str, Tensor], model: Detector) -> dict[str, str]:
+    """Return one name of a parameter of `model` for each published name of `state` that has one.
+
+    The state is converted with numbers in place of its tensors; they tell where each went.
+    """
     marks = {official: torch.tensor(float(i)).expand(v.shape) for i, (official, v) in enumerate(state.items(), start=1)}
     published = dict(enumerate(marks, start=1))
-    native = native_weights(marks, name).items()
-    return {published[int(mark.flatten()[0])]: own for own, mark in native if mark.any()}  # 0: the missing biases
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    native = {own: int(m.flatten()[0]) for own, m in native_weights(marks, "names").items() if own in parameters}
+    return {published[number]: own for own, number in native.items() if number}  # 0: biases that no file holds
 
 
 def _target(step: dict, size: tuple[int, int], image_id: int) -> Target:
