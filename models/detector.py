@@ -94,8 +94,7 @@ class Detector(nn.Module):
         output = DetectorOutput({})
         decoded: dict[tuple[int, int, int], _Decoding] = {}
         for source, memory, seeds in streams:
-            decoder = self.transformer.decoder if source.own is None else source.own.decoder or self.transformer.decoder
-            heads = self.heads if source.own is None else source.own.over(self.heads)
+            decoder, heads = source.own.decoder or self.transformer.decoder, source.own.over(self.heads)
             for group in source(Context(images, memory, seeds, targets, epoch, output)):
                 # Points and boxes are refined in different ways.
                 key = (id(decoder), id(memory), group.reference.shape[-1])
@@ -134,7 +133,7 @@ class Detector(nn.Module):
         by_encoder: dict[nn.Module | None, list[GroupSource]] = {}
         for source in self.groups.values():
             if source.alive:
-                by_encoder.setdefault(None if source.own is None else source.own.encoder, []).append(source)
+                by_encoder.setdefault(source.own.encoder, []).append(source)
         table = self.query_embed.weight if self.transformer.query_width else None
         streams = []
         for encoder, sources in by_encoder.items():
@@ -149,7 +148,7 @@ class Detector(nn.Module):
     @staticmethod
     def _add_proposals(sets: dict[str, SupervisedSet], source: GroupSource, proposals: Predictions) -> None:
         """Add the set `encoder`, and one more for a source that ranks proposals itself or has an encoder of its own."""
-        if source.proposal_embed is not None or (source.own is not None and source.own.encoder is not None):
+        if source.proposal_embed is not None or source.own.encoder is not None:
             sets[f"encoder_{source.name}"] = SupervisedSet(proposals, source.proposal_supervision)
         else:
             sets.setdefault("encoder", SupervisedSet(proposals, ENCODER_SUPERVISION))

@@ -21,13 +21,15 @@ def visibility(groups: Sequence[QueryGroup], device: torch.device) -> Tensor | N
     return _visibility(tuple((g.name, len(g), g.block, g.sees) for g in groups), device)
 
 
-@lru_cache(maxsize=16)  # the groups of a run have few different sizes; built on the host, copied once
+@lru_cache(maxsize=16)  # without groups made from targets the sizes are the same in every step
 def _visibility(groups: tuple[tuple[str, int, int | None, tuple[str, ...]], ...], device: torch.device) -> Tensor:
     group_of = torch.cat([torch.full((size,), i) for i, (_, size, _, _) in enumerate(groups)])
     block_of = torch.cat([torch.arange(size) // (block or max(size, 1)) for _, size, block, _ in groups])
-    same = (group_of[:, None] == group_of[None]) & (block_of[:, None] == block_of[None])
     sees = torch.tensor([[other in seen for other, *_ in groups] for *_, seen in groups])
-    return (same | sees[group_of[:, None], group_of[None]]).to(device)
+    # Only these short lists travel; the table of all pairs is made where it is used.
+    group_of, block_of, sees = (values.to(device, non_blocking=True) for values in (group_of, block_of, sees))
+    same = (group_of[:, None] == group_of[None]) & (block_of[:, None] == block_of[None])
+    return same | sees[group_of[:, None], group_of[None]]
 
 
 def hide_padding(blocked: Tensor | None, padding: Tensor | None, heads: int) -> Tensor | None:

@@ -38,10 +38,10 @@ def _one2many(args: Namespace) -> GroupSource | None:
     )
 
 
-def _own_parts(args: Namespace, depth: int) -> OwnParts | None:
+def _own_parts(args: Namespace, depth: int) -> OwnParts:
     """Return the first `depth` of class heads, box heads, decoder and encoder."""
     if depth == 0:
-        return None
+        return OwnParts()
     heads = build_heads(args)
     # Without an encoder of their own these queries have no proposals of their own: no head that nothing trains.
     layers = args.dec_layers + (args.two_stage and depth > 3)
@@ -63,7 +63,12 @@ def _collaborative(args: Namespace) -> GroupSource | None:
         args.hidden_dim, heads=len(heads), layers=args.dec_layers, weight=args.lambda1, limit=args.max_pos_coords
     )
     return Collaborative(
-        heads, queries, width=args.hidden_dim, strides=strides, loss_scale=args.dec_layers * args.lambda2
+        heads,
+        queries,
+        width=args.hidden_dim,
+        strides=strides,
+        loss_scale=args.dec_layers * args.lambda2,
+        evaluated=args.eval_head,
     )
 
 
@@ -78,7 +83,7 @@ def build_groups(args: Namespace) -> list[GroupSource]:
     """Return the group sources that the flags ask for; the one that is evaluated lives in inference too.
 
     Raises:
-        UserError: for an unknown `--eval_group`.
+        UserError: for an unknown `--eval_group` or `--eval_head`.
     """
     built = [build(args) for build in BUILDERS]
     sources = [source for source in built if source is not None]
@@ -86,8 +91,6 @@ def build_groups(args: Namespace) -> list[GroupSource]:
     if args.eval_group not in names:
         raise UserError(f"--eval_group {args.eval_group}: these flags make the groups {', '.join(names)}")
     sources[names.index(args.eval_group)].training_only = False
-    if args.eval_head:
-        if args.eval_head not in args.aux_heads:
-            raise UserError(f"--eval_head {args.eval_head}: it is not among --aux_heads {' '.join(args.aux_heads)}")
-        sources[-1].training_only = False
+    if args.eval_head and args.eval_head not in args.aux_heads:
+        raise UserError(f"--eval_head {args.eval_head}: it is not among --aux_heads {' '.join(args.aux_heads)}")
     return sources

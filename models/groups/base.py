@@ -26,7 +26,7 @@ class Context:
 
 
 class OwnParts(nn.Module):
-    """Parts that the queries of a source do not share with the other queries; None = shared.
+    """Parts that the queries of a source do not share with the other queries; None = shared, as all of them mostly are.
 
     Args:
         encoder, decoder: modules in place of the transformer's.
@@ -65,7 +65,7 @@ class GroupSource(nn.Module):
         super().__init__()
         # Not class attributes: those would hide the modules that a source puts here.
         self.proposal_embed: nn.Linear | None = None  # class head that ranks the encoder proposals for this source only
-        self.own: OwnParts | None = None
+        self.own = OwnParts()
 
     @property
     def alive(self) -> bool:

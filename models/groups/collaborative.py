@@ -27,6 +27,7 @@ class Collaborative(GroupSource):
         strides: of the encoder's maps, in pixels.
         loss_scale: factor of all losses of the heads: the number of decoder layers times lambda2 (eq. 6: the term of
             the heads is inside the sum over layers).
+        evaluated: name of the head that detects in inference, "" = none.
     """
 
     name = "co"
@@ -39,8 +40,10 @@ class Collaborative(GroupSource):
         width: int,
         strides: Sequence[int],
         loss_scale: float,
+        evaluated: str = "",
     ) -> None:
         super().__init__()
+        self.evaluated, self.training_only = evaluated, not evaluated
         self.strides = (*strides, 2 * strides[-1])
         self.loss_scale = loss_scale
         self.downsample = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(32, width))
@@ -48,10 +51,17 @@ class Collaborative(GroupSource):
         self.queries = queries
 
     def forward(self, ctx: Context) -> list[QueryGroup]:
+        """Add the losses of the heads to the output and return their groups; in inference add detections, no group.
+
+        Raises:
+            ValueError: training without targets.
+        """
         pyramid = self.pyramid(ctx)
         if not self.training:
-            ctx.output.aux_detections.update(self.detect(pyramid))
+            ctx.output.aux_detections[self.evaluated] = self.detect(pyramid)
             return []
+        if ctx.targets is None:
+            raise ValueError("auxiliary heads assign targets in training: call the detector with targets, or in eval()")
         objects = Objects.of(ctx.targets, pyramid.sizes)
         outputs = {name: head(pyramid, objects) for name, head in self.heads.items()}
         for name, output in outputs.items():
@@ -67,10 +77,8 @@ class Collaborative(GroupSource):
         sizes = list(ctx.images.sizes)
         return Pyramid(maps, self.strides, sizes, sizes, tuple(ctx.images.pixels.shape[-2:]))
 
-    def detect(self, pyramid: Pyramid) -> dict[str, list[Detections]]:
-        """Return what each head detects on its own, boxes xyxy relative to the image."""
+    def detect(self, pyramid: Pyramid) -> list[Detections]:
+        """Return what the evaluated head detects on its own, boxes xyxy relative to the image."""
         scales = [torch.tensor((w, h, w, h)) for h, w in pyramid.sizes]
-        return {
-            name: [replace(d, boxes_px=d.boxes_px / s.to(d.boxes_px)) for d, s in zip(head.predict(pyramid), scales)]
-            for name, head in self.heads.items()
-        }
+        found = self.heads[self.evaluated].predict(pyramid)
+        return [replace(d, boxes_px=d.boxes_px / s.to(d.boxes_px)) for d, s in zip(found, scales)]

@@ -25,7 +25,7 @@ class OneToMany(GroupSource):
             their losses (H-TransTrack); otherwise all see each other and share K copies of every target.
         proposal_embed: class head that ranks the proposals the one-to-one queries leave, taught with K + 1 copies of
             every target, also times lambda (supplement); None: they are the next ones in the common ranking.
-        own: parts that these queries do not share (supplement).
+        own: parts that these queries do not share (supplement); None: they share all.
 
     Raises:
         ValueError: `num_queries` cannot be cut into `repeat` isolated groups.
@@ -47,9 +47,9 @@ class OneToMany(GroupSource):
         if isolated and num_queries % repeat:
             raise ValueError(f"{num_queries} queries cannot be cut into {repeat} groups of equal size")
         self.num_queries = num_queries
-        self.block = num_queries // repeat if isolated else None
-        self.taught = Supervision("hungarian", weight=weight, repeat=1 if isolated else repeat, block=self.block)
-        self.own = own
+        copies = {"block": num_queries // repeat} if isolated else {"repeat": repeat}
+        self.taught = Supervision("hungarian", weight=weight, **copies)
+        self.own = own or OwnParts()
         self.proposal_embed = proposal_embed
         if proposal_embed is not None:
             taught = Supervision("hungarian", weight=weight, repeat=repeat + 1, class_agnostic=True)
@@ -60,7 +60,7 @@ class OneToMany(GroupSource):
 
     def forward(self, ctx: Context) -> list[QueryGroup]:
         seeds, taught = ctx.seeds, self.supervision(ctx.epoch)
-        return [QueryGroup(self.name, seeds.content, seeds.reference, seeds.pos, taught, block=self.block)]
+        return [QueryGroup(self.name, seeds.content, seeds.reference, seeds.pos, taught, block=self.taught.block)]
 
 
 class HybridEpoch(OneToOne):

@@ -87,6 +87,18 @@ def test_in_inference_heads_and_queries_are_silent_unless_a_head_is_evaluated() 
     assert detections[1].boxes_px.max() <= 20 and detections[1].boxes_px[:, 3].max() <= 10
 
 
+def test_only_the_evaluated_head_detects() -> None:
+    model = build_detector(tiny_args(f"{FORMS['one_stage']} --eval_head faster_rcnn")).eval()
+    with torch.no_grad():
+        assert list(model(tiny_images(SIZES)).aux_detections) == ["faster_rcnn"]
+
+
+def test_training_without_targets_says_what_is_missing() -> None:
+    model = build_detector(tiny_args(FORMS["one_stage"]))
+    with pytest.raises(ValueError, match="call the detector with targets"):
+        model(tiny_images(SIZES))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from models.aux_heads.atss import ATSSHead
 from models.aux_heads.base import Objects, Pyramid
 from tests.golden.fill import draw
+from tests.golden.runners.co_inputs import make_objects, make_pyramid
 
 PREFIX = "bbox_head.0."
 FACTOR = 12  # decoder layers times the weight of encoder losses: part of the stored losses
@@ -21,7 +21,7 @@ def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     strides = [meta["batch_shape"][0] // height for height, _ in meta["levels"]]
     head = ATSSHead(num_classes=meta["num_classes"], width=weights[0].shape[1], strides=strides)
     head.load_state_dict(dict(zip(names, map(torch.from_numpy, weights))))
-    pyramid, objects = _pyramid(meta, weights[0].shape[1], strides), _objects(meta)
+    pyramid, objects = make_pyramid(meta, weights[0].shape[1], strides), make_objects(meta)
     with torch.no_grad():
         results = {
             **_losses_and_assignment(head, pyramid, objects),
@@ -37,25 +37,6 @@ def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
             np.testing.assert_allclose(
                 ours, stored, rtol=2e-4 if loss else 1e-4, atol=1e-6 if loss else 1e-4, err_msg=key
             )
-
-
-def _pyramid(meta: dict, width: int, strides: list[int]) -> Pyramid:
-    sizes = [tuple(size) for size in meta["images"]]
-    maps = []
-    for level, shape in enumerate(meta["levels"]):
-        values = np.random.RandomState(meta["feat_seed"] + level).randn(len(sizes), width, *shape)
-        maps.append(torch.from_numpy(values.astype(np.float32)))
-    return Pyramid(maps, tuple(strides), sizes, sizes, tuple(meta["batch_shape"]))
-
-
-def _objects(meta: dict) -> Objects:
-    counts = [len(t["labels"]) for t in meta["targets"]]
-    return Objects(
-        pad_sequence([torch.tensor(t["labels"]).long() for t in meta["targets"]], batch_first=True),
-        pad_sequence([torch.tensor(t["boxes"]).view(-1, 4) for t in meta["targets"]], batch_first=True),
-        torch.arange(max(counts)) < torch.tensor(counts)[:, None],
-        counts,
-    )
 
 
 def _losses_and_assignment(head: ATSSHead, pyramid: Pyramid, objects: Objects) -> dict[str, Tensor | int]:

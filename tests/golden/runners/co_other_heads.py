@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from models.aux_heads.base import AuxHead, Objects, Pyramid, Samples
 from models.aux_heads.dense import distances
@@ -14,6 +13,7 @@ from models.aux_heads.gfl import GFLHead
 from models.aux_heads.paa import PAAHead
 from models.aux_heads.retinanet import RetinaNetHead
 from tests.golden.fill import draw
+from tests.golden.runners.co_inputs import make_objects, make_pyramid
 
 HEADS = {head.name: head for head in (RetinaNetHead, FCOSHead, PAAHead, GFLHead)}
 # The keyword of each loss weight that a head's settings may give; "centerness" is PAA's IoU there.
@@ -30,7 +30,7 @@ def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     results = {}
     for name, settings in meta["heads"].items():
         head = _head(name, settings, meta)
-        pyramid, objects = _pyramid(meta, _strides(settings)), _objects(meta)
+        pyramid, objects = make_pyramid(meta, 256, _strides(settings)), make_objects(meta)
         with torch.no_grad():
             output = head(pyramid, objects)
         results |= {f"{name}.{key}": value for key, value in output.losses.items()}
@@ -73,25 +73,6 @@ def _head(name: str, settings: dict, meta: dict) -> AuxHead:
     }
     head.load_state_dict(state)
     return head
-
-
-def _pyramid(meta: dict, strides: list[int]) -> Pyramid:
-    sizes = [tuple(size) for size in meta["images"]]
-    maps = []
-    for level, shape in enumerate(meta["levels"]):
-        values = np.random.RandomState(meta["feat_seed"] + level).randn(len(sizes), 256, *shape)
-        maps.append(torch.from_numpy(values.astype(np.float32)))
-    return Pyramid(maps, tuple(strides), sizes, sizes, tuple(meta["batch_shape"]))
-
-
-def _objects(meta: dict) -> Objects:
-    counts = [len(t["labels"]) for t in meta["targets"]]
-    return Objects(
-        pad_sequence([torch.tensor(t["labels"]).long() for t in meta["targets"]], batch_first=True),
-        pad_sequence([torch.tensor(t["boxes"]).view(-1, 4) for t in meta["targets"]], batch_first=True),
-        torch.arange(max(counts)) < torch.tensor(counts)[:, None],
-        counts,
-    )
 
 
 def _anchors(samples: Samples, name: str, objects: Objects) -> dict[str, Tensor]:
