@@ -27,10 +27,10 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
     positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
     positive += "save_every eval_every max_nonfinite print_freq".split()
-    positive += "recipe_batch_size lr_drop max_size dist_timeout".split()
+    positive += "recipe_batch_size lr_drop max_size dist_timeout max_pos_coords roi_samples".split()
     not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
     not_negative += (
-        "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many lambda1 lambda2".split()
+        "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many lambda1 lambda2 aux_convs".split()
     )
     not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef".split()
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
@@ -81,8 +81,7 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
             bool(a.aux_heads) and levels < 3,
             f"--aux_heads need the pyramid of --num_feature_levels 3 or more, not {levels}",
         ),
-        (len(set(a.aux_heads)) < len(a.aux_heads), f"--aux_heads {' '.join(a.aux_heads)}: name each head once"),
-        (a.max_pos_coords < 1, f"--max_pos_coords {a.max_pos_coords}: must be at least 1"),
+        (bool(a.eval_head) and not a.aux_heads, f"--eval_head {a.eval_head}: needs --aux_heads {a.eval_head}"),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
         (not 0 <= a.soft_nms_iou <= 1, f"--soft_nms_iou {a.soft_nms_iou}: an IoU, 0 (no soft-NMS) to 1"),
         (a.nms_iou > 0 and a.soft_nms_iou > 0, "--nms_iou and --soft_nms_iou: give one of them"),

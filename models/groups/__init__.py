@@ -5,12 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 
 from models.aux_heads import build_aux_heads
-from models.aux_heads.queries import PositiveQueries
 from models.groups.base import Context, GroupSource, OwnParts
 from models.groups.collaborative import Collaborative
 from models.groups.hybrid import HybridEpoch, HybridLayer, OneToMany
 from models.groups.matching import OneToOne
-from models.parts import build_decoder, build_encoder, build_heads, num_classes
+from models.groups.positives import PositiveQueries
+from models.parts import build_decoder, build_encoder, build_heads
 from util.errors import UserError
 
 __all__ = ["BUILDERS", "Context", "GroupSource", "OwnParts", "build_groups"]
@@ -57,18 +57,30 @@ def _collaborative(args: Namespace) -> GroupSource | None:
     if not args.aux_heads:
         return None
     strides = [8 * 2**level for level in range(args.num_feature_levels)]
-    size = {"width": args.hidden_dim, "strides": [*strides, 2 * strides[-1]]}
-    heads = build_aux_heads(args.aux_heads, num_classes=num_classes(args), **size)
-    queries = PositiveQueries(
-        args.hidden_dim, heads=len(heads), layers=args.dec_layers, weight=args.lambda1, limit=args.max_pos_coords
-    )
+    heads = build_aux_heads(args, [*strides, 2 * strides[-1]])
+    if args.eval_head and args.eval_head not in heads:
+        raise UserError(f"--eval_head {args.eval_head}: these flags make the heads {', '.join(heads)}")
     return Collaborative(
         heads,
-        queries,
+        _positive_queries(args, len(heads)),
         width=args.hidden_dim,
         strides=strides,
         loss_scale=args.dec_layers * args.lambda2,
         evaluated=args.eval_head,
+    )
+
+
+def _positive_queries(args: Namespace, heads: int) -> PositiveQueries | None:
+    if args.lambda1 == 0:
+        return None
+    return PositiveQueries(
+        args.hidden_dim,
+        heads=heads,
+        layers=args.dec_layers,
+        weight=args.lambda1,
+        limit=args.max_pos_coords,
+        fill=args.aux_fill,
+        full_embed=args.head_embed == "vector",
     )
 
 
@@ -91,6 +103,4 @@ def build_groups(args: Namespace) -> list[GroupSource]:
     if args.eval_group not in names:
         raise UserError(f"--eval_group {args.eval_group}: these flags make the groups {', '.join(names)}")
     sources[names.index(args.eval_group)].training_only = False
-    if args.eval_head and args.eval_head not in args.aux_heads:
-        raise UserError(f"--eval_head {args.eval_head}: it is not among --aux_heads {' '.join(args.aux_heads)}")
     return sources

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from models.aux_heads.base import AuxHead, Objects, Pyramid
-from models.aux_heads.queries import PositiveQueries
 from models.groups.base import Context, GroupSource
+from models.groups.positives import PositiveQueries
 from util.structures import Detections, QueryGroup
 
 
@@ -21,8 +21,8 @@ class Collaborative(GroupSource):
     on every layer. None of it exists in inference, unless a head is evaluated.
 
     Args:
-        heads: in the order of their index in `queries`.
-        queries: makes decoder queries of the samples of a head.
+        heads: by name, in the order of their index in `queries`.
+        queries: makes decoder queries of the samples of a head; None: the heads teach the encoder only.
         width: channels of the encoder's maps.
         strides: of the encoder's maps, in pixels.
         loss_scale: factor of all losses of the heads: the number of decoder layers times lambda2 (eq. 6: the term of
@@ -34,8 +34,8 @@ class Collaborative(GroupSource):
 
     def __init__(
         self,
-        heads: Sequence[AuxHead],
-        queries: PositiveQueries,
+        heads: Mapping[str, AuxHead],
+        queries: PositiveQueries | None,
         *,
         width: int,
         strides: Sequence[int],
@@ -47,7 +47,7 @@ class Collaborative(GroupSource):
         self.strides = (*strides, 2 * strides[-1])
         self.loss_scale = loss_scale
         self.downsample = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(32, width))
-        self.heads = nn.ModuleDict({head.name: head for head in heads})
+        self.heads = nn.ModuleDict(heads)
         self.queries = queries
 
     def forward(self, ctx: Context) -> list[QueryGroup]:
@@ -68,6 +68,8 @@ class Collaborative(GroupSource):
             for term, loss in output.losses.items():
                 ctx.output.aux_losses[f"{term}_{name}"] = self.loss_scale * loss.sum()
             ctx.output.aux_logs.update((f"{key}_{name}", value) for key, value in output.logs.items())
+        if self.queries is None:
+            return []
         return self.queries([(f"co_{name}", output.samples) for name, output in outputs.items()], pyramid.sizes)
 
     def pyramid(self, ctx: Context) -> Pyramid:

@@ -17,6 +17,10 @@ FORMS = {
     "two_stage_k1": f"{TWO_STAGE} --mixed_selection --aux_heads atss",
     "with_hybrid_branch": f"{HYBRID} --aux_heads faster_rcnn",
     "all_heads": f"--with_box_refine --aux_heads {' '.join(HEADS)}",
+    "one_head_twice": "--aux_heads atss atss --aux_convs 2 --head_embed vector",
+    "empty_slots": "--aux_heads atss faster_rcnn --aux_fill masked --roi_samples 16",
+    "heads_without_queries": "--aux_heads faster_rcnn --lambda1 0",
+    "queries_without_losses_of_heads": "--aux_heads atss --lambda2 0",
 }
 
 
@@ -72,6 +76,19 @@ def test_lambdas_scale_the_losses_of_queries_and_heads() -> None:
         assert terms[1][name].item() == pytest.approx(factor * value.item(), rel=1e-5, abs=1e-7), name
 
 
+def test_without_lambda1_there_are_no_queries_and_no_parameters_for_them() -> None:
+    model = build_detector(tiny_args(FORMS["heads_without_queries"]))
+    assert list(model(tiny_images(SIZES), tiny_targets()).sets) == ["one2one"]
+    assert not [name for name, _ in model.named_parameters() if "queries" in name]
+
+
+def test_a_head_that_is_asked_for_twice_is_two_heads() -> None:
+    model = build_detector(tiny_args(FORMS["one_head_twice"]))
+    assert list(model.groups["co"].heads) == ["atss", "atss2"]
+    assert len(model.groups["co"].heads["atss2"].cls_convs) == 2
+    assert list(model(tiny_images(SIZES), tiny_targets()).sets) == ["one2one", "co_atss", "co_atss2"]
+
+
 def test_in_inference_heads_and_queries_are_silent_unless_a_head_is_evaluated() -> None:
     silent = build_detector(tiny_args(FORMS["one_stage"])).eval()
     with torch.no_grad():
@@ -103,8 +120,8 @@ def test_training_without_targets_says_what_is_missing() -> None:
     ("flags", "message"),
     [
         ("--aux_heads atss --num_feature_levels 1", "3 or more"),
-        ("--aux_heads atss atss", "name each head once"),
-        ("--aux_heads atss --eval_head fcos", "not among --aux_heads atss"),
+        ("--eval_head atss", "--eval_head atss: needs --aux_heads atss"),
+        ("--aux_heads atss atss --eval_head fcos", "these flags make the heads atss, atss2"),
         ("--aux_heads atss --max_pos_coords 0", "at least 1"),
         ("--aux_heads atss --lambda1 -1", "0 or more"),
     ],

@@ -14,8 +14,8 @@ from torchvision.ops import sigmoid_focal_loss
 
 from models.aux_heads import sampling
 from models.aux_heads.base import Samples
-from models.aux_heads.queries import PositiveQueries, choose, choose_all, pairs
 from models.criterion import Criterion
+from models.groups.positives import PositiveQueries, choose, choose_all, pairs
 from models.losses import box_regression, focal_classification
 from models.position_encoding import sine_embed_boxes
 from util.structures import DetectorOutput, Predictions, SupervisedSet, Supervision, Target
@@ -258,7 +258,7 @@ def test_the_embedding_sees_coordinates_just_inside_the_image_and_the_reference_
         seen.append(boxes)
         return sine_embed_boxes(boxes, num_feats)
 
-    monkeypatch.setattr("models.aux_heads.queries.sine_embed_boxes", spy)
+    monkeypatch.setattr("models.groups.positives.sine_embed_boxes", spy)
     samples = head_samples("pp", width=8)
     samples.boxes = torch.tensor([[[-30.0, 0.0, 10.0, 100.0], [0.0, 0.0, 0.0, 0.0]]])
     _, _, reference = PositiveQueries(8, heads=1, layers=1).embed(0, choose(samples, least=1), [(100, 200)])

@@ -11,7 +11,7 @@ from torchvision.ops import box_convert
 
 from models.aux_heads import sampling
 from models.aux_heads.base import Samples
-from models.aux_heads.queries import PositiveQueries, choose, pairs
+from models.groups.positives import PositiveQueries, choose, pairs
 from tests.golden.runners.common import assert_close
 from util.structures import FlatTargets, Target
 
