@@ -182,14 +182,29 @@ class RPN(nn.Module):
 def _survivors(boxes: Tensor, scores: Tensor, level: Tensor, *, canvas: tuple[int, int], nms_iou: float) -> Tensor:
     """Return which boxes (B, N, 4) inside the canvas survive NMS among those of their image and level, (B, N) bool.
 
-    The only place of a training step that waits for the device: the number of survivors is dynamic. One call serves
-    all images, which lie below each other on a larger canvas, and all levels, which lie side by side; large batches
-    are cut into a few calls.
-
     Args:
         scores: (B, N).
-        level: (N,) int64.
+        level: (N,) int64, ascending.
         canvas: (H, W) in pixels.
+    """
+    if boxes.is_cuda:
+        return _survivors_at_once(boxes, scores, level, canvas=canvas, nms_iou=nms_iou)
+    # A processor waits for nothing, and its time grows with the square of the boxes in a call.
+    survive = torch.zeros_like(scores, dtype=torch.bool)
+    sizes = level.bincount().tolist()
+    for image, *parts in zip(boxes.unbind(), scores.unbind(), survive.unbind()):
+        for part, found, kept in zip(image.split(sizes), *(p.split(sizes) for p in parts)):
+            kept.index_fill_(0, nms(part, found, nms_iou), True)
+    return survive
+
+
+def _survivors_at_once(
+    boxes: Tensor, scores: Tensor, level: Tensor, *, canvas: tuple[int, int], nms_iou: float
+) -> Tensor:
+    """Return the same with a single wait for the device: the number of survivors is dynamic.
+
+    The only place of a training step of this head that waits. One call serves all images, which lie below each other on
+    a larger canvas, and all levels, which lie side by side; large batches are cut into a few calls.
     """
     height, width = canvas
     batch, count = scores.shape

@@ -16,7 +16,7 @@ from models.aux_heads import sampling
 from models.aux_heads.base import Objects, Pyramid
 from models.aux_heads.faster_rcnn import FasterRCNNHead
 from models.aux_heads.roi import RoISettings, pool_regions, region_levels
-from models.aux_heads.rpn import ProposalRule, Proposals, RPNSettings, _survivors
+from models.aux_heads.rpn import ProposalRule, Proposals, RPNSettings, _survivors, _survivors_at_once
 
 WIDTH, CLASSES, STRIDES = 8, 3, (8, 16, 32)
 
@@ -72,12 +72,13 @@ def with_gaps(proposals: Proposals) -> Proposals:
 # --- proposals --------------------------------------------------------------------------------------------------------
 
 
-def test_nms_looks_at_one_image_and_one_level_at_a_time() -> None:
+@pytest.mark.parametrize("survivors", [_survivors, _survivors_at_once])
+def test_nms_looks_at_one_image_and_one_level_at_a_time(survivors) -> None:
     box = torch.tensor([0.0, 0, 20, 20])
-    boxes = torch.stack([box, box, box, box + 40]).expand(2, -1, -1)  # the first three are equal
-    scores = torch.tensor([[0.5, 0.9, 0.4, 0.1], [0.9, 0.5, 0.4, 0.1]])
-    level = torch.tensor([0, 0, 1, 0])
-    survive = _survivors(boxes, scores, level, canvas=(60, 60), nms_iou=0.7)
+    boxes = torch.stack([box, box, box + 40, box]).expand(2, -1, -1)  # all but the third are equal
+    scores = torch.tensor([[0.5, 0.9, 0.1, 0.4], [0.9, 0.5, 0.1, 0.4]])
+    level = torch.tensor([0, 0, 0, 1])
+    survive = survivors(boxes, scores, level, canvas=(60, 60), nms_iou=0.7)
     assert survive.tolist() == [[False, True, True, True], [True, False, True, True]]
 
 
@@ -86,8 +87,9 @@ def test_nms_of_a_large_batch_in_several_calls_is_the_same(monkeypatch) -> None:
     corner, size = torch.rand(5, 40, 2) * 50, torch.rand(5, 40, 2) * 50
     boxes, scores, level = torch.cat([corner, corner + size], -1), torch.rand(5, 40), torch.arange(40) // 20
     whole = _survivors(boxes, scores, level, canvas=(100, 100), nms_iou=0.5)
+    assert torch.equal(_survivors_at_once(boxes, scores, level, canvas=(100, 100), nms_iou=0.5), whole)
     monkeypatch.setattr("models.aux_heads.rpn.BOXES_PER_NMS", 80)
-    assert torch.equal(_survivors(boxes, scores, level, canvas=(100, 100), nms_iou=0.5), whole)
+    assert torch.equal(_survivors_at_once(boxes, scores, level, canvas=(100, 100), nms_iou=0.5), whole)
     assert 0 < whole.sum() < whole.numel()
 
 
@@ -340,7 +342,8 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_training_step_waits_for_the_device_once() -> None:
+def test_a_training_step_waits_for_the_device_once(monkeypatch) -> None:
+    monkeypatch.setattr("models.aux_heads.rpn._survivors", _survivors_at_once)  # what a GPU takes
     head, pyramid, objects = make_head(), make_pyramid(((128, 128), (100, 70))), make_objects(crowd(5), crowd(2))
     with _Waits() as waits:
         output = head(pyramid, objects)
