@@ -16,6 +16,7 @@ import ops
 from datasets import build_dataset, build_eval_loader, build_train_loader, check_same_categories
 from models import build_model
 from util import dist
+from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.checkpoint import compare_classes, init_from, load_weights, read_checkpoint
@@ -27,6 +28,7 @@ from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
 from util.rng import seed_everything
+from util.strip import strip_file
 from util.train_state import TrainState
 
 __all__ = ["get_args_parser", "main"]
@@ -51,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    """Build everything, then train or evaluate."""
+    """Build everything, then train, evaluate or analyse; or strip a file."""
+    if args.strip:
+        strip_file(args.strip, averaged=args.use_ema)
+        return
     device = dist.init_distributed_mode(args.device, args.local_rank, args.dist_timeout)
     output_dir = prepare_output_dir(args.output_dir)
     try:
@@ -61,7 +66,7 @@ def run(args: Namespace) -> None:
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     checkpoint, name = open_checkpoint(args, output_dir)
 
-    train_set = None if args.eval else build_dataset("train", args)
+    train_set = None if args.eval or args.analyse else build_dataset("train", args)
     val_set = build_dataset("val", args)
     if train_set is not None:
         check_same_categories(train_set, val_set)
@@ -92,7 +97,9 @@ def run(args: Namespace) -> None:
         evaluator=args.evaluator,
         draw=args.draw,
     )
-    if args.eval:
+    if args.analyse:
+        run_analysis(args, model, criterion, evaluation.loader, device, checkpoint, output_dir)
+    elif args.eval:
         evaluate_checkpoint(args, evaluation, model, checkpoint, name)
     else:
         cache = {"cache_mode": args.cache_mode, "local_rank": dist.local_rank(), "local_size": dist.local_world_size()}
@@ -112,8 +119,8 @@ def open_checkpoint(args: Namespace, output_dir: Path | None) -> tuple[dict[str,
     name = args.resume
     if name == "auto":
         latest = output_dir / "checkpoint.pth"
-        if args.eval and not latest.is_file():
-            raise UserError(f"--eval --resume auto: there is no {latest}")
+        if (args.eval or args.analyse) and not latest.is_file():
+            raise UserError(f"--resume auto: there is no {latest}")
         name = str(latest) if latest.is_file() else ""
         dist.info(f"--resume auto: {name or 'no checkpoint.pth yet, this is a new run'}")
     return (read_checkpoint(name), name) if name else (None, "")

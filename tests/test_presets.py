@@ -15,6 +15,7 @@ from tests.tiny import tiny_images, tiny_targets
 
 FULL_SIZE = [CONFIGS / "bccd" / "r18_cpu.sh", *sorted((CONFIGS / "deformable_detr").glob("*.sh"))]
 FULL_SIZE += [CONFIGS / "h_detr" / f"hybrid_{name}_36ep.sh" for name in ("r50", "swin_tiny", "swin_large")]
+FULL_SIZE += [CONFIGS / "co_detr" / f"k2_{name}_12ep.sh" for name in ("swin_small", "swin_base", "swin_large")]
 SMALL = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hybrid_layers 1 --hidden_dim 64 --dim_feedforward 96 "
     "--num_queries_one2one 30"
@@ -26,7 +27,7 @@ SMALL_IMAGES = [(96, 128), (80, 101)]
 # What the other flags of a model differ in are numbers: sizes, rates, repeats.
 SWITCHES = (
     "with_box_refine two_stage mixed_selection look_forward_twice dilation num_feature_levels "
-    "hybrid one2many_own one2many_proposals one2many_groups eval_group"
+    "hybrid one2many_own one2many_proposals one2many_groups eval_group eval_head"
 ).split()
 
 
@@ -40,7 +41,8 @@ def structure_of(preset: Path) -> tuple[object, ...]:
     """Return what makes a model another one than that of the next preset, sizes aside."""
     args = args_of(preset)
     branch = args.num_queries_one2many > 0 and args.k_one2many > 0
-    return (branch, args.nms_iou > 0, *(getattr(args, name) for name in SWITCHES))
+    heads = (*args.aux_heads, args.lambda1 > 0, args.lambda2 > 0, args.aux_convs > 0)
+    return (branch, args.nms_iou > 0, *heads, *(getattr(args, name) for name in SWITCHES))
 
 
 def one_of_each_other_structure() -> list[Path]:
@@ -68,7 +70,7 @@ def train_and_detect(args: Namespace, sizes: list[tuple[int, int]]) -> None:
     assert len(detections) == 2
     for found in detections:
         assert 0 < len(found.scores) <= args.topk
-        assert args.nms_iou > 0 or len(found.scores) == args.topk
+        assert args.nms_iou > 0 or args.eval_head or len(found.scores) == args.topk
 
 
 @pytest.mark.parametrize("preset", FULL_SIZE, ids=name_of)

@@ -59,6 +59,19 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (a.eval and not a.resume, "--eval needs --resume CHECKPOINT: without it untrained weights would be evaluated"),
         (
+            bool(a.strip) and bool(a.eval or a.analyse or a.resume),
+            "--strip CHECKPOINT only writes a file: leave out --eval, --analyse and --resume",
+        ),
+        (bool(a.analyse) and a.eval, "--analyse and --eval are two things to do with a checkpoint: give one of them"),
+        (
+            bool(a.analyse) and not (a.resume and a.output_dir),
+            "--analyse needs --resume CHECKPOINT, and --output_dir for its results",
+        ),
+        (
+            not a.analyse and bool(a.analyse_label or a.analyse_with),
+            "--analyse_label and --analyse_with belong to --analyse NAME: add it",
+        ),
+        (
             bool(a.resume) and a.resume != "auto" and bool(a.init_from),
             "--resume continues a run and --init_from starts one: give one of them (or --resume auto with --init_from)",
         ),
@@ -78,8 +91,8 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
         (
-            bool(a.aux_heads) and levels < 3,
-            f"--aux_heads need the pyramid of --num_feature_levels 3 or more, not {levels}",
+            bool(a.aux_heads) and a.dilation and levels > 1,
+            "--aux_heads know the strides of --dilation only with --num_feature_levels 1: leave out one of the two",
         ),
         (bool(a.eval_head) and not a.aux_heads, f"--eval_head {a.eval_head}: needs --aux_heads {a.eval_head}"),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),

@@ -47,6 +47,23 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", default=42, type=int, help="seed of weights, image order, augmentation and dropout")
     group.add_argument("--eval", action="store_true", help="evaluate --resume on the validation images and stop")
     group.add_argument(
+        "--analyse",
+        default="",
+        choices=["", "discriminability", "conflict"],
+        help="analyse --resume on the validation images and stop: discriminability of encoder and decoder, conflict "
+        "of heads (Co-DETR, section 5 and supplement)",
+    )
+    group.add_argument("--analyse_label", default="", help="name in its curves; empty: the folder of --resume")
+    group.add_argument(
+        "--analyse_with", nargs="+", default=[], help=".json results of other checkpoints to draw in the same picture"
+    )
+    group.add_argument(
+        "--strip",
+        default="",
+        metavar="CHECKPOINT",
+        help="write CHECKPOINT_inference.pth without optimiser and parts that only training needs, and stop",
+    )
+    group.add_argument(
         "--resume",
         default="",
         help="checkpoint (file or https) to continue exactly; auto: OUTPUT_DIR/checkpoint.pth if there is one",

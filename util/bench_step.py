@@ -19,32 +19,41 @@ import argparse
 import json
 import sys
 from argparse import Namespace
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import ops
-from models import build_criterion, build_detector, num_classes
-from models.assign import HungarianMatcher, hungarian
+from models import build_criterion, num_classes
 from models.criterion import Criterion
 from models.detector import ENCODER_SUPERVISION
-from util import dist
 from util.arg_rules import BRANCH_ONLY, check_args
 from util.args import get_args_parser
-from util.engine import StepSettings
+from util.bench_common import (
+    PARTS,
+    Form,
+    Samples,
+    add_flags,
+    check_least,
+    markdown_table,
+    measure,
+    medians,
+    model_forms,
+    random_boxes,
+    random_images,
+    random_targets,
+    ratio,
+    start,
+    start_anew,
+    total_loss,
+    with_ratio,
+)
 from util.environment import environment
 from util.errors import UserError
-from util.optim import build_optimizer, freeze
 from util.rng import seed_everything
 from util.structures import DetectorOutput, ImageBatch, Predictions, SupervisedSet, Supervision, Target
 
@@ -53,42 +62,15 @@ MODEL = (
     "--backbone_weights none --with_box_refine --two_stage --mixed_selection --look_forward_twice --dropout 0 "
     "--dim_feedforward 2048 --num_queries_one2many 1500 --k_one2many 6"
 )
-PARTS = {
-    "forward": "forward",
-    "criterion": "criterion",
-    "matching": "- of it matching",
-    "solver": "- - of it the solver, on the host",
-    "backward": "backward",
-    "update": "gradient norm and optimiser",
-    "step": "all of it",
-}
 SAME = {"loss": 1e-5, "gradient": 1e-3}  # relative differences of merged and plain from which they differ
 TOKENS = "encoder proposals of an image, without --whole (the two-stage model has 22223 at 1333x800); 0: none"
 
-Loss = Callable[[Criterion, DetectorOutput, list[Target]], Tensor]
 Sets = dict[str, tuple[int, Supervision]]  # width and supervision of each, side by side in a stack
-Samples = dict[str, dict[str, list[float]]]  # milliseconds by form and part, one per repetition
-
-
-@dataclass
-class Form:
-    """One way to make a step; those of one model share its weights."""
-
-    name: str  # "T = 0", "merged", "plain"
-    forward: Callable[[], DetectorOutput]
-    loss: Callable[[DetectorOutput], Tensor]  # scalar to back-propagate
-    leaves: list[Tensor]  # what gets gradients
-    update: Callable[[], None] | None = None  # None: the leaves are predictions, there is nothing to step
 
 
 def repeated(target: Target, copies: int) -> Target:
     """Return `target` with its list of objects `copies` times, one after the other."""
     return replace(target, labels=target.labels.repeat(copies), boxes=target.boxes.repeat(copies, 1))
-
-
-def merged_loss(criterion: Criterion, output: DetectorOutput, targets: list[Target]) -> Tensor:
-    """Return the total of one call for all sets; sets that were decoded together share costs and losses."""
-    return criterion(output, targets).total
 
 
 def plain_loss(criterion: Criterion, output: DetectorOutput, targets: list[Target]) -> Tensor:
@@ -106,19 +88,6 @@ def plain_loss(criterion: Criterion, output: DetectorOutput, targets: list[Targe
     return first + taught.weight * criterion(DetectorOutput({"one2one": alone}), copies).total
 
 
-def random_targets(counts: Sequence[int], classes: int, device: torch.device | str = "cpu") -> list[Target]:
-    """Return one target per entry of `counts` with so many random objects."""
-    return [
-        Target(torch.randint(classes, (count,)), _random_boxes(count), image_id=i, orig_size=(1, 1)).to(device)
-        for i, count in enumerate(counts)
-    ]
-
-
-def _random_boxes(*shape: int) -> Tensor:
-    """Return boxes (*shape, 4): centres anywhere, sides of 0.05 to 0.45."""
-    return torch.cat([torch.rand(*shape, 2), 0.05 + 0.4 * torch.rand(*shape, 2)], -1)
-
-
 def criterion_forms(args: Namespace, targets: list[Target], tokens: int = 0) -> list[Form]:
     """Return the three forms of the criterion on random predictions, which stay the same in all steps.
 
@@ -130,7 +99,7 @@ def criterion_forms(args: Namespace, targets: list[Target], tokens: int = 0) -> 
 
     def predictions(layers: int, slots: int) -> Predictions:
         logits = torch.randn(layers, len(targets), slots, classes) - 2
-        boxes = _random_boxes(layers, len(targets), slots)
+        boxes = random_boxes(layers, len(targets), slots)
         return Predictions(logits.to(device).requires_grad_(), boxes.to(device).requires_grad_())
 
     alone: Sets = {"one2one": (one, Supervision())}
@@ -139,8 +108,8 @@ def criterion_forms(args: Namespace, targets: list[Target], tokens: int = 0) -> 
     first = Predictions(*(x[:, :, :one].detach().clone().requires_grad_() for x in (both.logits, both.boxes)))
     forms = []
     for name, stack, sets, loss in (
-        ("T = 0", first, alone, merged_loss),
-        ("merged", both, hybrid, merged_loss),
+        ("T = 0", first, alone, total_loss),
+        ("merged", both, hybrid, total_loss),
         ("plain", both, hybrid, plain_loss),
     ):
         leaves = [x for p in (stack, encoder) if p is not None for x in (p.logits, p.boxes)]
@@ -166,41 +135,16 @@ def whole_forms(args: Namespace, images: ImageBatch, targets: list[Target]) -> l
     """Return the three forms of a whole step on B images and their objects; merged and plain share one model."""
     without = Namespace(**{**vars(args), "num_queries_one2many": 0})
     return [
-        *_whole_forms(without, images, targets, {"T = 0": merged_loss}),
-        *_whole_forms(args, images, targets, {"merged": merged_loss, "plain": plain_loss}),
+        *model_forms(without, images, targets, {"T = 0": total_loss}),
+        *model_forms(args, images, targets, {"merged": total_loss, "plain": plain_loss}),
     ]
-
-
-def _whole_forms(args: Namespace, images: ImageBatch, targets: list[Target], losses: dict[str, Loss]) -> list[Form]:
-    """Return steps of one model, as `util.engine.train_one_epoch` makes them."""
-    seed_everything(args.seed)
-    device = images.pixels.device
-    model, criterion = build_detector(args).to(device), build_criterion(args).to(device)
-    freeze(model, args.freeze)
-    optimizer = build_optimizer(args, model, criterion, lr_factor=0.0)  # as much work, and the weights stay
-    settings = StepSettings(args.amp, clip_max_norm=args.clip_max_norm)
-    leaves = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def forward() -> DetectorOutput:
-        with settings.autocast(device):
-            return model(images, targets)
-
-    def total(loss: Loss, output: DetectorOutput) -> Tensor:
-        with settings.autocast(device):
-            return loss(criterion, output, targets)
-
-    def update() -> None:
-        nn.utils.clip_grad_norm_(leaves, settings.clip_max_norm or float("inf"))
-        optimizer.step()
-
-    return [Form(name, forward, partial(total, loss), leaves, update) for name, loss in losses.items()]
 
 
 def compare(merged: Form, plain: Form) -> dict[str, Any]:
     """Run both forms once, with the same dropout; return totals, norms of gradients, differences and if all is same."""
     losses, gradients = [], []
     for form in (merged, plain):
-        _start_anew(form)
+        start_anew(form)
         loss = form.loss(form.forward())
         loss.backward()
         losses.append(loss.item())
@@ -224,76 +168,15 @@ def _verdict(found: dict[str, Any]) -> str:
     )
 
 
-def _start_anew(form: Form) -> None:
-    torch.manual_seed(0)
-    for leaf in form.leaves:
-        leaf.grad = None
-
-
-def timed_step(form: Form, device: torch.device, *, parts: bool) -> dict[str, float]:
-    """Make one step and return its milliseconds by part; without `parts` only `step`, with no wait inside.
-
-    Matching ends with a copy to the host, so its time needs no wait.
-    """
-    ms: dict[str, float] = defaultdict(float)
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
-
-    @contextmanager
-    def part(name: str, wait: bool = False) -> Iterator[None]:
-        start = perf_counter()
-        yield
-        if wait:
-            synchronize()
-        ms[name] += 1000 * (perf_counter() - start)
-
-    _start_anew(form)
-    synchronize()
-    with (
-        patch.object(HungarianMatcher, "__call__", part("matching")(HungarianMatcher.__call__)),
-        patch.object(hungarian, "linear_sum_assignment", part("solver")(hungarian.linear_sum_assignment)),
-        part("step", wait=True),
-    ):
-        with part("forward", wait=parts):
-            output = form.forward()
-        with part("criterion", wait=parts):
-            total = form.loss(output)
-        with part("backward", wait=parts):
-            total.backward()
-        if form.update is not None:
-            with part("update", wait=parts):
-                form.update()
-    return dict(ms) if parts else {"step": ms["step"]}
-
-
-def measure(forms: Sequence[Form], device: torch.device, *, repeats: int, warmup: int) -> Samples:
-    """Return the milliseconds of every repetition by form and part; the forms take turns.
-
-    On a GPU the whole step has a run of its own: waiting between the parts would add to it.
-    """
-    samples: Samples = {form.name: defaultdict(list) for form in forms}
-    for repetition in range(-warmup, repeats):
-        for form in forms:
-            ms = timed_step(form, device, parts=True)
-            if device.type != "cpu":
-                ms |= timed_step(form, device, parts=False)
-            for part, value in ms.items() if repetition >= 0 else ():
-                samples[form.name][part].append(value)
-    return samples
-
-
 def table(samples: Samples, parts: Sequence[str]) -> str:
     """Return a markdown table of medians in ms, with the ratio to T = 0 in brackets."""
-    medians = {form: {part: median(own.get(part, [0.0])) for part in parts} for form, own in samples.items()}
-    lines = [f"| ms | {' | '.join(medians)} | plain / merged |", "|---" * (len(medians) + 2) + "|"]
+    found = medians(samples, parts)
+    rows = [["ms", *found, "plain / merged"]]
     for part in parts:
-        cells = [f"{own[part]:.2f} ({_ratio(own[part], medians['T = 0'][part])})" for own in medians.values()]
-        last = _ratio(medians["plain"][part], medians["merged"][part])
-        lines.append(f"| {PARTS[part]} | {' | '.join(cells)} | {last} |")
-    return "\n".join(lines)
-
-
-def _ratio(a: float, b: float) -> str:
-    return f"{a / b:.2f}" if b else "-"
+        values = {form: own[part] for form, own in found.items()}
+        last = ratio(values["plain"], values["merged"])
+        rows.append([PARTS[part], *with_ratio(values, "T = 0"), last])
+    return markdown_table(rows)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -306,7 +189,8 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    for name, kind, default, text in (
+    add_flags(
+        parser,
         ("--objects", {"nargs": "+", "type": int}, [7, 20], "per image; one table for each number"),
         ("--image_size", {"nargs": 2, "type": int}, [320, 320], "height and width, with --whole"),
         ("--tokens", {"type": int}, 0, TOKENS),
@@ -314,8 +198,7 @@ def get_parser() -> argparse.ArgumentParser:
         ("--warmup", {"type": int}, 2, "steps of each form before them"),
         ("--threads", {"type": int}, 0, "threads of PyTorch on the CPU; 0: its own choice"),
         ("--output", {}, "", "JSON file for all numbers; empty: save nothing"),
-    ):
-        parser.add_argument(name, default=default, help=text, **kind)
+    )
     parser.add_argument("--whole", action="store_true", help="whole steps; else the criterion on random predictions")
     return parser
 
@@ -323,10 +206,7 @@ def get_parser() -> argparse.ArgumentParser:
 def check(own: Namespace, args: Namespace) -> None:
     """Raise a UserError that names the flag if this cannot be measured."""
     check_args(args)
-    for name, least in {"repeats": 1, "warmup": 0, "threads": 0, "tokens": 0, "objects": 0, "image_size": 1}.items():
-        value = getattr(own, name)
-        if min(value if isinstance(value, list) else [value]) < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
+    check_least(own, {"repeats": 1, "warmup": 0, "threads": 0, "tokens": 0, "objects": 0, "image_size": 1})
     if not (args.num_queries_one2many and args.k_one2many):
         raise UserError("there is no branch to time: --num_queries_one2many and --k_one2many must be at least 1")
     joint = {**BRANCH_ONLY, "hybrid": "branch"}
@@ -342,24 +222,15 @@ def check(own: Namespace, args: Namespace) -> None:
 def build_forms(own: Namespace, args: Namespace, objects: int, device: torch.device) -> list[Form]:
     """Return the three forms on random inputs with so many objects per image."""
     seed_everything(args.seed)
-    batch, (height, width) = args.batch_size, own.image_size
-    targets = random_targets([objects] * batch, num_classes(args), device)
+    targets = random_targets([objects] * args.batch_size, num_classes(args), device)
     if not own.whole:
         return criterion_forms(args, targets, own.tokens)
-    padding = torch.zeros(batch, height, width, dtype=torch.bool)
-    images = ImageBatch(torch.randn(batch, 3, height, width), padding, [(height, width)] * batch)
-    return whole_forms(args, images.to(device), targets)
+    return whole_forms(args, random_images(args.batch_size, own.image_size, device), targets)
 
 
 def run(own: Namespace, args: Namespace) -> list[dict[str, Any]]:
     """Measure, print and return one entry per number of objects."""
-    device = dist.init_distributed_mode(args.device, None, args.dist_timeout)
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    try:
-        ops.set_backend(args.ops_backend)
-    except ValueError as error:
-        raise UserError(f"--ops_backend {args.ops_backend}: {error}") from error
+    device = start(args, own.threads)
     print(
         f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}; batch {args.batch_size}, queries "
         f"{args.num_queries_one2one} + {args.num_queries_one2many}, K {args.k_one2many}, {args.dec_layers} decoder "

@@ -56,10 +56,11 @@ def plain_args(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write_run_files(args: argparse.Namespace, folder: Path) -> None:
-    """Write `args.json` (of `--eval`: `eval_args.json`) and append to `env.txt`, main process only."""
+    """Write `args.json` (`eval_args.json`, `analyse_args.json`) and append to `env.txt`, main process only."""
     if not dist.is_main():
         return
-    name = "eval_args.json" if args.eval else "args.json"  # evaluating a run in its own folder keeps its record
+    what = "eval_" if args.eval else "analyse_" if args.analyse else ""  # in the folder of a run its record is kept
+    name = f"{what}args.json"
     (folder / name).write_text(json.dumps(plain_args(args), indent=2) + "\n")
     with (folder / "env.txt").open("a") as file:  # one block per start: a resumed run has several
         file.write("\n".join(environment()) + "\n\n")

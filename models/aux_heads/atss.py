@@ -14,18 +14,17 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchvision.ops import sigmoid_focal_loss
 
 from models.aux_heads.anchors import AnchorGrid, DeltaCoder, giou_loss, paired_iou
-from models.aux_heads.base import AuxHead, AuxOutput, Objects, Pyramid, Samples, average_over_processes
+from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples, average_over_processes
 from models.aux_heads.dense import (
+    DenseHead,
     Scale,
     detect,
     distances,
     flatten,
-    initialise,
     objects_of,
     one_hot,
     predictor,
     sum_by_level,
-    tower,
 )
 from models.aux_heads.fcos import centerness_of
 from util.structures import Detections
@@ -35,7 +34,7 @@ INSIDE = 0.01  # pixels by which the centre of a positive is inside its object
 NMS_IOU = 0.6  # of two detections of a class (ATSS, section 4.1)
 
 
-class ATSSHead(AuxHead):
+class ATSSHead(DenseHead):
     """One anchor per cell; classes, boxes and centreness. Training never waits for the device.
 
     Args:
@@ -61,19 +60,15 @@ class ATSSHead(AuxHead):
         box_weight: float = 2.0,
         centerness_weight: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.num_classes, self.topk = num_classes, topk
+        grid = AnchorGrid(strides, scales=(ANCHOR_SCALE,), ratios=(1.0,))
+        super().__init__(num_classes=num_classes, width=width, grid=grid, stacked_convs=stacked_convs, norm=True)
+        self.topk, self.coder = topk, DeltaCoder((0.1, 0.1, 0.2, 0.2))
         self.class_weight, self.box_weight, self.centerness_weight = class_weight, box_weight, centerness_weight
-        self.grid = AnchorGrid(strides, scales=(ANCHOR_SCALE,), ratios=(1.0,))
-        self.coder = DeltaCoder((0.1, 0.1, 0.2, 0.2))
-        # Parameter names are those of published checkpoints after `bbox_head.0.`.
-        self.cls_convs = tower(width, stacked_convs, norm=True)
-        self.reg_convs = tower(width, stacked_convs, norm=True)
         self.atss_cls = predictor(width, num_classes)
         self.atss_reg = predictor(width, 4)
         self.atss_centerness = predictor(width, 1)
         self.scales = nn.ModuleList(Scale() for _ in strides)
-        initialise(self, self.atss_cls)
+        self.initialise(self.atss_cls)
 
     def forward(self, pyramid: Pyramid, objects: Objects) -> AuxOutput:
         """Return the losses `loss_cls`, `loss_bbox`, `loss_centerness`, (levels,) each, and all anchors as samples.
@@ -82,9 +77,7 @@ class ATSSHead(AuxHead):
         may become decoder queries where an image has few positives (published, and so part of the numbers).
         """
         logits, deltas, centerness = self.outputs(pyramid)
-        anchors = self.grid.anchors(pyramid.shapes, logits.device)
-        counts = self.grid.level_counts(pyramid.shapes)
-        usable = self.grid.usable(pyramid.shapes, pyramid.usable, logits.device)
+        anchors, usable, counts = self.place(pyramid)
         target, positive = assign_atss(anchors, counts, objects, usable, topk=self.topk)
         labels, boxes = objects_of(target, objects)
         count = average_over_processes(positive.sum(1).clamp(min=1).sum().float())
@@ -101,13 +94,14 @@ class ATSSHead(AuxHead):
             "loss_bbox": self.box_weight * sum_by_level(giou, counts) / total,
             "loss_centerness": self.centerness_weight * sum_by_level(entropy, counts) / count,
         }
-        return AuxOutput(losses, Samples(anchors * usable[..., None], positive, ~positive, target, pyramid.tokens()))
+        samples = Samples(anchors * usable[..., None], positive, ~positive, target, pyramid.tokens())
+        return AuxOutput(losses, samples, logits)
 
     def predict(self, pyramid: Pyramid) -> list[Detections]:
         """Return the detections of each image, best first, at most 100. NMS waits for the device."""
         logits, deltas, centerness = self.outputs(pyramid)
-        boxes = self.coder.decode(self.grid.anchors(pyramid.shapes, deltas.device), deltas)
-        counts = self.grid.level_counts(pyramid.shapes)
+        anchors, _, counts = self.place(pyramid)
+        boxes = self.coder.decode(anchors, deltas)
         return detect(logits.sigmoid(), boxes, counts, pyramid, quality=centerness.sigmoid(), nms_iou=NMS_IOU)
 
     def outputs(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,10 +110,8 @@ class ATSSHead(AuxHead):
         Raises:
             ValueError: if the pyramid has other strides than the head.
         """
-        if tuple(pyramid.strides) != self.grid.strides:
-            raise ValueError(f"ATSSHead was built for strides {self.grid.strides}, the pyramid has {pyramid.strides}")
-        boxes = [self.reg_convs(x) for x in pyramid.maps]
-        logits = flatten([self.atss_cls(self.cls_convs(x)) for x in pyramid.maps], self.num_classes)
+        classes, boxes = self.towers(pyramid)
+        logits = flatten([self.atss_cls(x) for x in classes], self.num_classes)
         deltas = flatten([scale(self.atss_reg(x)) for scale, x in zip(self.scales, boxes)], 4)
         return logits, deltas, flatten([self.atss_centerness(x) for x in boxes], 1).squeeze(-1)
 

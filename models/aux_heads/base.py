@@ -82,6 +82,7 @@ class AuxOutput:
 
     losses: dict[str, Tensor]  # normalised, times the head's own weights of its terms; scalar, or (levels,)
     samples: Samples
+    logits: Tensor  # (B, R, C) or, with the background last, (B, R, C + 1): classes of the boxes of `samples`
     logs: dict[str, Tensor] = field(default_factory=dict)  # only logged
 
 

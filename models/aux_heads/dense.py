@@ -1,4 +1,4 @@
-"""What the dense auxiliary heads share: towers, flat outputs of all levels, sums by level, detection.
+"""What the dense auxiliary heads share: two towers, flat outputs of all levels, sums by level, detection.
 
 Everything that belongs to one anchor (or point) of a batch is laid out (B, R, ...): level, row, column, anchor.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, clip_boxes_to_image
 
-from models.aux_heads.base import Objects, Pyramid
+from models.aux_heads.anchors import AnchorGrid
+from models.aux_heads.base import AuxHead, Objects, Pyramid
 from ops.module import at_least_float32
 from util.structures import Detections
 
@@ -54,14 +55,51 @@ def predictor(width: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(width, outputs, 3, padding=1)
 
 
-def initialise(head: nn.Module, classifier: nn.Conv2d) -> None:
-    """Draw every convolution of `head` from N(0, 0.01^2), biases 0; `classifier` begins at the prior."""
-    for module in head.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.normal_(module.weight, std=0.01)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    nn.init.constant_(classifier.bias, -math.log((1 - PRIOR) / PRIOR))
+class DenseHead(AuxHead):
+    """A tower for classes and one for boxes, the same on every level; what they predict is up to the subclass.
+
+    A subclass calls this constructor, adds its predictors, and then calls `initialise`.
+    Parameter names are those of published checkpoints after `bbox_head.0.`.
+
+    Args:
+        num_classes: C.
+        width: D, channels of pyramid and towers; with norm a multiple of 32.
+        grid: the anchors, and with them the strides of the pyramid.
+        stacked_convs: convolutions of each tower.
+        norm: GroupNorm in the towers.
+    """
+
+    def __init__(self, *, num_classes: int, width: int, grid: AnchorGrid, stacked_convs: int, norm: bool) -> None:
+        super().__init__()
+        self.num_classes, self.grid = num_classes, grid
+        self.cls_convs = tower(width, stacked_convs, norm=norm)
+        self.reg_convs = tower(width, stacked_convs, norm=norm)
+
+    def initialise(self, classifier: nn.Conv2d) -> None:
+        """Draw every convolution from N(0, 0.01^2), biases 0; `classifier` begins at the prior."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.constant_(classifier.bias, -math.log((1 - PRIOR) / PRIOR))
+
+    def towers(self, pyramid: Pyramid) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the features for classes and those for boxes, (B, D, h, w) of each level.
+
+        Raises:
+            ValueError: if the pyramid has other strides than the head.
+        """
+        if tuple(pyramid.strides) != self.grid.strides:
+            name, strides = type(self).__name__, self.grid.strides
+            raise ValueError(f"{name} was built for strides {strides}, the pyramid has {pyramid.strides}")
+        return [self.cls_convs(x) for x in pyramid.maps], [self.reg_convs(x) for x in pyramid.maps]
+
+    def place(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, list[int]]:
+        """Return the anchors (R, 4), which of them are usable (B, R), and their number on each level."""
+        shapes, device = pyramid.shapes, pyramid.maps[0].device
+        usable = self.grid.usable(shapes, pyramid.usable, device)
+        return self.grid.anchors(shapes, device), usable, self.grid.level_counts(shapes)
 
 
 def flatten(maps: Sequence[Tensor], numbers: int) -> Tensor:

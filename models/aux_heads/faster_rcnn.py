@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from models.aux_heads.base import AuxHead, AuxOutput, Objects, Pyramid
 from models.aux_heads.roi import RoIHead, RoISettings
 from models.aux_heads.rpn import RPN, RPNSettings
@@ -45,8 +47,8 @@ class FasterRCNNHead(AuxHead):
         regions in their class, percent.
         """
         rpn_losses, proposals = self.rpn(pyramid, objects)
-        roi_losses, samples, logs = self.roi(pyramid, objects, proposals)
-        return AuxOutput({**rpn_losses, **roi_losses}, samples, logs)
+        output = self.roi(pyramid, objects, proposals)
+        return replace(output, losses={**rpn_losses, **output.losses})
 
     def predict(self, pyramid: Pyramid) -> list[Detections]:
         """Detect with both stages (the published two-stage evaluation); waits for the device in NMS."""

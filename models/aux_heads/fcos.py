@@ -13,19 +13,18 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from models.aux_heads.anchors import AnchorGrid, giou_loss
-from models.aux_heads.base import AuxHead, AuxOutput, Objects, Pyramid, Samples, average_over_processes
+from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples, average_over_processes
 from models.aux_heads.dense import (
+    DenseHead,
     Scale,
     box_around,
     detect,
     distances,
     flatten,
-    initialise,
     objects_of,
     one_hot,
     predictor,
     strides_of,
-    tower,
 )
 from util.structures import Detections
 
@@ -33,7 +32,7 @@ QUERY_SCALE = 8  # side of the box handed to the decoder, in strides (Co-DETR, t
 REACH = 8  # a level takes objects whose farthest side is up to so many strides away, from half of that on
 
 
-class FCOSHead(AuxHead):
+class FCOSHead(DenseHead):
     """Points inside the centre region of an object regress its four sides.
 
     Args:
@@ -59,51 +58,47 @@ class FCOSHead(AuxHead):
         box_weight: float = 1.0,
         centerness_weight: float = 1.0,
     ) -> None:
-        super().__init__()
-        self.num_classes, self.strides, self.radius = num_classes, tuple(strides), radius
+        grid = AnchorGrid(strides, scales=(QUERY_SCALE,), ratios=(1.0,))
+        super().__init__(num_classes=num_classes, width=width, grid=grid, stacked_convs=stacked_convs, norm=True)
+        self.radius = radius
         self.class_weight, self.box_weight, self.centerness_weight = class_weight, box_weight, centerness_weight
-        self.grid = AnchorGrid(strides, scales=(QUERY_SCALE,), ratios=(1.0,))
-        self.cls_convs = tower(width, stacked_convs, norm=True)
-        self.reg_convs = tower(width, stacked_convs, norm=True)
         self.conv_cls = predictor(width, num_classes)
         self.conv_reg = predictor(width, 4)
         self.conv_centerness = predictor(width, 1)
         self.scales = nn.ModuleList(Scale() for _ in strides)
-        initialise(self, self.conv_cls)
+        self.initialise(self.conv_cls)
 
     def forward(self, pyramid: Pyramid, objects: Objects) -> AuxOutput:
         """Return the scalar losses `loss_cls`, `loss_bbox` and `loss_centerness`, and the points as samples."""
         logits, sides, centerness = self._outputs(pyramid)
-        counts = self.grid.level_counts(pyramid.shapes)
-        strides = strides_of(self.strides, counts, logits.device)
-        query_boxes = self._query_boxes(pyramid, strides)
-        points = query_boxes.view(-1, 2, 2).mean(1)
-        target, positive = assign_points(points, strides, objects, levels=self.strides, radius=self.radius)
+        points, strides, usable, _ = self._points(pyramid)
+        target, positive = assign_points(points, strides, objects, levels=self.grid.strides, radius=self.radius)
         losses = self._losses(logits, sides, centerness, points, strides, objects, target, positive)
         # The losses count padded cells as background, which is published; as decoder queries they would teach nothing.
-        usable = self.grid.usable(pyramid.shapes, pyramid.usable, logits.device)
-        boxes = query_boxes.expand(len(logits), -1, -1)
-        return AuxOutput(losses, Samples(boxes, positive, usable & ~positive, target, pyramid.tokens()))
+        half = QUERY_SCALE / 2 * strides[:, None]
+        boxes = torch.cat([points - half, points + half], -1).expand(len(logits), -1, -1)
+        samples = Samples(boxes, positive, usable & ~positive, target, pyramid.tokens())
+        return AuxOutput(losses, samples, logits)
 
     def predict(self, pyramid: Pyramid) -> list[Detections]:
         """Return the detections of each image, best first, at most 100. NMS waits for the device."""
         logits, sides, centerness = self._outputs(pyramid)
-        counts = self.grid.level_counts(pyramid.shapes)
-        strides = strides_of(self.strides, counts, logits.device)
-        points = self._query_boxes(pyramid, strides).view(-1, 2, 2).mean(1)
+        points, strides, _, counts = self._points(pyramid)
         boxes = box_around(points, sides * strides[:, None])
         return detect(logits.sigmoid(), boxes, counts, pyramid, quality=centerness.sigmoid(), nms_iou=0.6)
 
     def _outputs(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
         """Return class logits (B, R, C), sides in strides (B, R, 4) and centreness logits (B, R)."""
-        boxes = [self.reg_convs(x) for x in pyramid.maps]
-        logits = flatten([self.conv_cls(self.cls_convs(x)) for x in pyramid.maps], self.num_classes)
+        classes, boxes = self.towers(pyramid)
+        logits = flatten([self.conv_cls(x) for x in classes], self.num_classes)
         sides = flatten([scale(self.conv_reg(x)).relu() for scale, x in zip(self.scales, boxes)], 4)
         return logits, sides, flatten([self.conv_centerness(x) for x in boxes], 1).squeeze(-1)
 
-    def _query_boxes(self, pyramid: Pyramid, strides: Tensor) -> Tensor:
-        """Return the squares (R, 4) of side 8 strides around the points, which are half a stride into their cells."""
-        return self.grid.anchors(pyramid.shapes, strides.device) + strides[:, None] / 2
+    def _points(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+        """Return the middles of the cells (R, 2), their strides (R,), usable ones (B, R), and their number by level."""
+        anchors, usable, counts = self.place(pyramid)
+        strides = strides_of(self.grid.strides, counts, anchors.device)
+        return anchors.view(-1, 2, 2).mean(1) + strides[:, None] / 2, strides, usable, counts
 
     def _losses(
         self,

@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 from models.aux_heads.anchors import AnchorGrid, giou_loss, paired_iou
 from models.aux_heads.atss import assign_atss
-from models.aux_heads.base import AuxHead, AuxOutput, Objects, Pyramid, Samples, average_over_processes
+from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples, average_over_processes
 from models.aux_heads.dense import (
+    DenseHead,
     Scale,
     box_around,
     detect,
     distances,
     flatten,
-    initialise,
     objects_of,
     one_hot,
     predictor,
     strides_of,
     sum_by_level,
-    tower,
 )
 from util.structures import Detections
 
@@ -43,7 +42,7 @@ class Integral(nn.Module):
         return (logits.softmax(-1) * self.project).sum(-1)
 
 
-class GFLHead(AuxHead):
+class GFLHead(DenseHead):
     """One square anchor of 8 strides per cell; the distance to each side is the mean of a distribution, in strides.
 
     Args:
@@ -71,17 +70,15 @@ class GFLHead(AuxHead):
         box_weight: float = 2.0,
         distribution_weight: float = 0.25,
     ) -> None:
-        super().__init__()
-        self.num_classes, self.strides, self.topk, self.largest = num_classes, tuple(strides), topk, largest
+        grid = AnchorGrid(strides, scales=(8,), ratios=(1.0,))
+        super().__init__(num_classes=num_classes, width=width, grid=grid, stacked_convs=stacked_convs, norm=True)
+        self.topk, self.largest = topk, largest
         self.class_weight, self.box_weight, self.distribution_weight = class_weight, box_weight, distribution_weight
-        self.grid = AnchorGrid(strides, scales=(8,), ratios=(1.0,))
-        self.cls_convs = tower(width, stacked_convs, norm=True)
-        self.reg_convs = tower(width, stacked_convs, norm=True)
         self.gfl_cls = predictor(width, num_classes)
         self.gfl_reg = predictor(width, 4 * (largest + 1))
         self.scales = nn.ModuleList(Scale() for _ in strides)
         self.integral = Integral(largest)
-        initialise(self, self.gfl_cls)
+        self.initialise(self.gfl_cls)
 
     def forward(self, pyramid: Pyramid, objects: Objects) -> AuxOutput:
         """Return `loss_cls`, `loss_bbox` and `loss_dfl`, (levels,) each, and the anchors as samples.
@@ -90,10 +87,8 @@ class GFLHead(AuxHead):
         weighted by the best class score of each positive and divided by the sum of these.
         """
         logits, sides = self._outputs(pyramid)
-        counts = self.grid.level_counts(pyramid.shapes)
-        anchors, strides = self._anchors(pyramid, logits.device)
-        points = anchors.view(-1, 2, 2).mean(1)
-        usable = self.grid.usable(pyramid.shapes, pyramid.usable, logits.device)
+        anchors, usable, counts = self.place(pyramid)
+        points, strides = anchors.view(-1, 2, 2).mean(1), strides_of(self.grid.strides, counts, anchors.device)[:, None]
         target, positive = assign_atss(anchors, counts, objects, usable, topk=self.topk)
         labels, boxes = objects_of(target, objects)
         decoded = box_around(points, self.integral(sides) * strides)
@@ -111,24 +106,22 @@ class GFLHead(AuxHead):
             "loss_bbox": self.box_weight * sum_by_level(giou, counts) / total,
             "loss_dfl": self.distribution_weight * sum_by_level(distribution, counts) / total,
         }
-        return AuxOutput(losses, Samples(anchors * usable[..., None], positive, ~positive, target, pyramid.tokens()))
+        samples = Samples(anchors * usable[..., None], positive, ~positive, target, pyramid.tokens())
+        return AuxOutput(losses, samples, logits)
 
     def predict(self, pyramid: Pyramid) -> list[Detections]:
         """Return the detections of each image, best first, at most 100. NMS waits for the device."""
         logits, sides = self._outputs(pyramid)
-        anchors, strides = self._anchors(pyramid, logits.device)
+        anchors, _, counts = self.place(pyramid)
+        strides = strides_of(self.grid.strides, counts, anchors.device)[:, None]
         boxes = box_around(anchors.view(-1, 2, 2).mean(1), self.integral(sides) * strides)
-        return detect(logits.sigmoid(), boxes, self.grid.level_counts(pyramid.shapes), pyramid, nms_iou=0.6)
-
-    def _anchors(self, pyramid: Pyramid, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the anchors (R, 4) and their strides (R, 1)."""
-        counts = self.grid.level_counts(pyramid.shapes)
-        return self.grid.anchors(pyramid.shapes, device), strides_of(self.strides, counts, device)[:, None]
+        return detect(logits.sigmoid(), boxes, counts, pyramid, nms_iou=0.6)
 
     def _outputs(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Return class logits (B, R, C) and the logits of the four distances (B, R, 4, largest + 1)."""
-        logits = flatten([self.gfl_cls(self.cls_convs(x)) for x in pyramid.maps], self.num_classes)
-        sides = [scale(self.gfl_reg(self.reg_convs(x))) for scale, x in zip(self.scales, pyramid.maps)]
+        classes, boxes = self.towers(pyramid)
+        logits = flatten([self.gfl_cls(x) for x in classes], self.num_classes)
+        sides = [scale(self.gfl_reg(x)) for scale, x in zip(self.scales, boxes)]
         return logits, flatten(sides, 4 * (self.largest + 1)).unflatten(-1, (4, -1))
 
 

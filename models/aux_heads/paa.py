@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from models.aux_heads.anchors import AnchorGrid, DeltaCoder, assign_max_iou, giou_loss, paired_iou, pairwise_iou
-from models.aux_heads.base import AuxHead, AuxOutput, Objects, Pyramid, Samples, average_over_processes
+from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples, average_over_processes
 from models.aux_heads.dense import (
     LEAST_IOU,
+    DenseHead,
     Scale,
     detect,
     flatten,
-    initialise,
     objects_of,
     one_hot,
     predictor,
-    tower,
 )
 from util.structures import Detections
 
@@ -34,7 +33,7 @@ TOLERANCE = 1e-3  # a fit is finished when the mean log-likelihood changes by le
 VARIANCE_FLOOR = 1e-6  # added to every variance
 
 
-class PAAHead(AuxHead):
+class PAAHead(DenseHead):
     """ATSS-shaped head with an IoU branch; one square anchor of 8 strides per cell.
 
     Args:
@@ -60,25 +59,22 @@ class PAAHead(AuxHead):
         box_weight: float = 1.3,
         iou_weight: float = 0.5,
     ) -> None:
-        super().__init__()
-        self.num_classes, self.topk = num_classes, topk
+        grid = AnchorGrid(strides, scales=(8,), ratios=(1.0,))
+        super().__init__(num_classes=num_classes, width=width, grid=grid, stacked_convs=stacked_convs, norm=True)
+        self.topk, self.coder = topk, DeltaCoder((0.1, 0.1, 0.2, 0.2))
         self.class_weight, self.box_weight, self.iou_weight = class_weight, box_weight, iou_weight
-        self.grid, self.coder = AnchorGrid(strides, scales=(8,), ratios=(1.0,)), DeltaCoder((0.1, 0.1, 0.2, 0.2))
-        self.cls_convs = tower(width, stacked_convs, norm=True)
-        self.reg_convs = tower(width, stacked_convs, norm=True)
         self.atss_cls = predictor(width, num_classes)
         self.atss_reg = predictor(width, 4)
         self.atss_centerness = predictor(width, 1)  # the published name; it predicts the IoU
         self.scales = nn.ModuleList(Scale() for _ in strides)
-        initialise(self, self.atss_cls)
+        self.initialise(self.atss_cls)
 
     def forward(self, pyramid: Pyramid, objects: Objects) -> AuxOutput:
         """Return the scalar losses `loss_cls`, `loss_bbox` and `loss_iou`, and the anchors as samples."""
         logits, deltas, quality = self._outputs(pyramid)
-        anchors = self.grid.anchors(pyramid.shapes, logits.device)
-        usable = self.grid.usable(pyramid.shapes, pyramid.usable, logits.device)
+        anchors, usable, counts = self.place(pyramid)
         decoded = self.coder.decode(anchors, deltas)
-        target, positive = self._assign(anchors, usable, logits, decoded, objects, pyramid)
+        target, positive = self._assign(anchors, usable, counts, logits, decoded, objects)
         labels, boxes = objects_of(target, objects)
 
         focal = sigmoid_focal_loss(logits, one_hot(labels, positive, self.num_classes)).sum(-1) * usable
@@ -91,18 +87,19 @@ class PAAHead(AuxHead):
             "loss_bbox": self.box_weight * giou.sum() / average_over_processes(iou.sum()).clamp(min=1e-6),
             "loss_iou": self.iou_weight * entropy.sum() / count.clamp(min=1),
         }
-        return AuxOutput(losses, Samples(anchors * usable[..., None], positive, ~positive, target, pyramid.tokens()))
+        samples = Samples(anchors * usable[..., None], positive, ~positive, target, pyramid.tokens())
+        return AuxOutput(losses, samples, logits)
 
     def predict(self, pyramid: Pyramid) -> list[Detections]:
         """Return the detections of each image, best first, at most 100. NMS waits for the device."""
         logits, deltas, quality = self._outputs(pyramid)
-        boxes = self.coder.decode(self.grid.anchors(pyramid.shapes, logits.device), deltas)
-        counts = self.grid.level_counts(pyramid.shapes)
+        anchors, _, counts = self.place(pyramid)
+        boxes = self.coder.decode(anchors, deltas)
         return detect(logits.sigmoid(), boxes, counts, pyramid, quality=quality.sigmoid(), nms_iou=0.6)
 
     @torch.no_grad()
     def _assign(
-        self, anchors: Tensor, usable: Tensor, logits: Tensor, decoded: Tensor, objects: Objects, pyramid: Pyramid
+        self, anchors: Tensor, usable: Tensor, counts: list[int], logits: Tensor, decoded: Tensor, objects: Objects
     ) -> tuple[Tensor, Tensor]:
         """Return target and positive, (B, R) each: candidates by IoU, then the split by cost."""
         target, positive, _ = assign_max_iou(
@@ -117,14 +114,13 @@ class PAAHead(AuxHead):
         labels, boxes = objects_of(target, objects)
         focal = sigmoid_focal_loss(logits, one_hot(labels, positive, self.num_classes)).sum(-1)
         cost = self.class_weight * focal + self.box_weight * giou_loss(decoded, boxes)
-        counts = self.grid.level_counts(pyramid.shapes)
         positive = split_candidates(cost, target, positive, counts, objects=objects.labels.shape[1], topk=self.topk)
         return torch.where(positive, target, 0), positive
 
     def _outputs(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Tensor]:
         """Return class logits (B, R, C), deltas (B, R, 4) and IoU logits (B, R)."""
-        boxes = [self.reg_convs(x) for x in pyramid.maps]
-        logits = flatten([self.atss_cls(self.cls_convs(x)) for x in pyramid.maps], self.num_classes)
+        classes, boxes = self.towers(pyramid)
+        logits = flatten([self.atss_cls(x) for x in classes], self.num_classes)
         deltas = flatten([scale(self.atss_reg(x)) for scale, x in zip(self.scales, boxes)], 4)
         return logits, deltas, flatten([self.atss_centerness(x) for x in boxes], 1).squeeze(-1)
 

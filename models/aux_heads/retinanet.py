@@ -9,22 +9,21 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from models.aux_heads.anchors import AnchorGrid, DeltaCoder, assign_max_iou, giou_loss, pairwise_iou
-from models.aux_heads.base import AuxHead, AuxOutput, Objects, Pyramid, Samples, average_over_processes
+from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples, average_over_processes
 from models.aux_heads.dense import (
     LEAST_IOU,
+    DenseHead,
     detect,
     flatten,
-    initialise,
     objects_of,
     one_hot,
     predictor,
     sum_by_level,
-    tower,
 )
 from util.structures import Detections
 
 
-class RetinaNetHead(AuxHead):
+class RetinaNetHead(DenseHead):
     """Towers without norm; focal loss and GIoU of the decoded boxes.
 
     Args:
@@ -50,15 +49,13 @@ class RetinaNetHead(AuxHead):
         class_weight: float = 1.0,
         box_weight: float = 2.0,
     ) -> None:
-        super().__init__()
-        self.num_classes = num_classes
+        grid = AnchorGrid(strides, scales=scales, ratios=ratios)
+        super().__init__(num_classes=num_classes, width=width, grid=grid, stacked_convs=stacked_convs, norm=False)
+        self.coder = DeltaCoder()
         self.class_weight, self.box_weight = class_weight, box_weight
-        self.grid, self.coder = AnchorGrid(strides, scales=scales, ratios=ratios), DeltaCoder()
-        self.cls_convs = tower(width, stacked_convs, norm=False)
-        self.reg_convs = tower(width, stacked_convs, norm=False)
         self.retina_cls = predictor(width, self.grid.per_cell * num_classes)
         self.retina_reg = predictor(width, self.grid.per_cell * 4)
-        initialise(self, self.retina_cls)
+        self.initialise(self.retina_cls)
 
     def forward(self, pyramid: Pyramid, objects: Objects) -> AuxOutput:
         """Return `loss_cls` and `loss_bbox`, (levels,) each, and the anchors as samples.
@@ -66,9 +63,7 @@ class RetinaNetHead(AuxHead):
         Both are divided by the number of positives, where every image counts at least one.
         """
         logits, deltas = self._outputs(pyramid)
-        counts = self.grid.level_counts(pyramid.shapes)
-        anchors = self.grid.anchors(pyramid.shapes, logits.device)
-        usable = self.grid.usable(pyramid.shapes, pyramid.usable, logits.device)
+        anchors, usable, counts = self.place(pyramid)
         target, positive, negative = self._assign(anchors, usable, objects)
         labels, boxes = objects_of(target, objects)
         count = average_over_processes(positive.sum(1).clamp(min=1).sum().float())
@@ -82,14 +77,13 @@ class RetinaNetHead(AuxHead):
         cells = self.grid.cell_of(pyramid.shapes, logits.device)
         background = negative | ~usable  # as in ATSS
         samples = Samples(anchors * usable[..., None], positive, background, target, pyramid.tokens(), cells)
-        return AuxOutput(losses, samples)
+        return AuxOutput(losses, samples, logits)
 
     def predict(self, pyramid: Pyramid) -> list[Detections]:
         """Return the detections of each image, best first, at most 100. NMS waits for the device."""
         logits, deltas = self._outputs(pyramid)
-        boxes = self.coder.decode(self.grid.anchors(pyramid.shapes, logits.device), deltas)
-        counts = self.grid.level_counts(pyramid.shapes)
-        return detect(logits.sigmoid(), boxes, counts, pyramid, nms_iou=0.5)
+        anchors, _, counts = self.place(pyramid)
+        return detect(logits.sigmoid(), self.coder.decode(anchors, deltas), counts, pyramid, nms_iou=0.5)
 
     def _assign(self, anchors: Tensor, usable: Tensor, objects: Objects) -> tuple[Tensor, Tensor, Tensor]:
         """Return target, positive and negative, (B, R) each.
@@ -113,6 +107,6 @@ class RetinaNetHead(AuxHead):
 
     def _outputs(self, pyramid: Pyramid) -> tuple[Tensor, Tensor]:
         """Return class logits (B, R, C) and deltas (B, R, 4)."""
-        logits = [self.retina_cls(self.cls_convs(x)) for x in pyramid.maps]
-        deltas = [self.retina_reg(self.reg_convs(x)) for x in pyramid.maps]
-        return flatten(logits, self.num_classes), flatten(deltas, 4)
+        classes, boxes = self.towers(pyramid)
+        logits = flatten([self.retina_cls(x) for x in classes], self.num_classes)
+        return logits, flatten([self.retina_reg(x) for x in boxes], 4)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, roi_align
 
 from models.aux_heads.anchors import DeltaCoder, assign_max_iou, giou_loss, pairwise_iou
-from models.aux_heads.base import Objects, Pyramid, Samples
+from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples
 from models.aux_heads.rpn import Proposals
 from models.aux_heads.sampling import Sampled, sample
 from ops.module import at_least_float32
@@ -103,10 +103,8 @@ class RoIHead(nn.Module):
         deltas = self.fc_reg(hidden).unflatten(-1, (self.num_classes, 4))
         return at_least_float32(self.fc_cls(hidden)), at_least_float32(deltas), pooled
 
-    def forward(
-        self, pyramid: Pyramid, objects: Objects, proposals: Proposals
-    ) -> tuple[dict[str, Tensor], Samples, dict[str, Tensor]]:
-        """Return losses `loss_cls`, `loss_bbox`, the sampled regions, and logs `acc`.
+    def forward(self, pyramid: Pyramid, objects: Objects, proposals: Proposals) -> AuxOutput:
+        """Return losses `loss_cls`, `loss_bbox`, the sampled regions with their logits, and logs `acc`.
 
         The objects themselves are put in front of the proposals. All S sampled regions of an image are taught; what is
         handed on is cut to the smallest number sampled in an image of the batch (positives first), as published: later
@@ -119,7 +117,7 @@ class RoIHead(nn.Module):
         kept = torch.arange(boxes.shape[1], device=boxes.device) < taken.min()
         positive, negative = picked.positive & kept, picked.negative & kept
         samples = Samples(boxes, positive, negative, target * positive, pooled.mean((-2, -1)))
-        return losses, samples, logs
+        return AuxOutput(losses, samples, logits, logs)
 
     @torch.no_grad()
     def choose(self, objects: Objects, proposals: Proposals) -> tuple[Tensor, Sampled, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 
 from models.aux_heads import build_aux_heads
+from models.aux_heads.adapter import SingleScaleAdapter
 from models.groups.base import Context, GroupSource, OwnParts
 from models.groups.collaborative import Collaborative
 from models.groups.hybrid import HybridEpoch, HybridLayer, OneToMany
@@ -56,8 +57,12 @@ def _own_parts(args: Namespace, depth: int) -> OwnParts:
 def _collaborative(args: Namespace) -> GroupSource | None:
     if not args.aux_heads:
         return None
-    strides = [8 * 2**level for level in range(args.num_feature_levels)]
-    heads = build_aux_heads(args, [*strides, 2 * strides[-1]])
+    adapter = None
+    levels = args.num_feature_levels
+    if levels == 1:
+        adapter, levels = SingleScaleAdapter(args.hidden_dim, stride=16 if args.dilation else 32), 4
+    strides = [8 * 2**level for level in range(levels + 1)]
+    heads = build_aux_heads(args, strides)
     if args.eval_head and args.eval_head not in heads:
         raise UserError(f"--eval_head {args.eval_head}: these flags make the heads {', '.join(heads)}")
     return Collaborative(
@@ -66,6 +71,7 @@ def _collaborative(args: Namespace) -> GroupSource | None:
         width=args.hidden_dim,
         strides=strides,
         loss_scale=args.dec_layers * args.lambda2,
+        adapter=adapter,
         evaluated=args.eval_head,
     )
 
@@ -94,6 +100,8 @@ BUILDERS = (_one2one, _one2many, _collaborative)
 def build_groups(args: Namespace) -> list[GroupSource]:
     """Return the group sources that the flags ask for; the one that is evaluated lives in inference too.
 
+    With `--eval` those that only training needs are not built.
+
     Raises:
         UserError: for an unknown `--eval_group` or `--eval_head`.
     """
@@ -103,4 +111,4 @@ def build_groups(args: Namespace) -> list[GroupSource]:
     if args.eval_group not in names:
         raise UserError(f"--eval_group {args.eval_group}: these flags make the groups {', '.join(names)}")
     sources[names.index(args.eval_group)].training_only = False
-    return sources
+    return [source for source in sources if not (args.eval and source.training_only)]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from models.aux_heads.adapter import SingleScaleAdapter, block
 from models.aux_heads.base import AuxHead, Objects, Pyramid
 from models.groups.base import Context, GroupSource
 from models.groups.positives import PositiveQueries
@@ -24,7 +25,8 @@ class Collaborative(GroupSource):
         heads: by name, in the order of their index in `queries`.
         queries: makes decoder queries of the samples of a head; None: the heads teach the encoder only.
         width: channels of the encoder's maps.
-        strides: of the encoder's maps, in pixels.
+        strides: of the heads' pyramid, in pixels, finest first.
+        adapter: makes all but the coarsest level from a single encoder map; None: they are the encoder's maps.
         loss_scale: factor of all losses of the heads: the number of decoder layers times lambda2 (eq. 6: the term of
             the heads is inside the sum over layers).
         evaluated: name of the head that detects in inference, "" = none.
@@ -40,13 +42,15 @@ class Collaborative(GroupSource):
         width: int,
         strides: Sequence[int],
         loss_scale: float,
+        adapter: SingleScaleAdapter | None = None,
         evaluated: str = "",
     ) -> None:
         super().__init__()
         self.evaluated, self.training_only = evaluated, not evaluated
-        self.strides = (*strides, 2 * strides[-1])
+        self.strides = tuple(strides)
         self.loss_scale = loss_scale
-        self.downsample = nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GroupNorm(32, width))
+        self.adapter = adapter
+        self.downsample = block(width, stride=2)
         self.heads = nn.ModuleDict(heads)
         self.queries = queries
 
@@ -75,6 +79,8 @@ class Collaborative(GroupSource):
     def pyramid(self, ctx: Context) -> Pyramid:
         """Return the encoder's maps and one more level (section 3.2, multi-scale adapter)."""
         maps = ctx.memory.maps()
+        if self.adapter is not None:
+            maps = self.adapter(*maps)
         maps.append(self.downsample(maps[-1]))
         sizes = list(ctx.images.sizes)
         return Pyramid(maps, self.strides, sizes, sizes, tuple(ctx.images.pixels.shape[-2:]))

@@ -10,6 +10,7 @@ import torch
 
 from tests.tiny import TINY, TWO_STAGE, tiny_args, tiny_images
 from util import bench_step
+from util.bench_common import timed_step
 from util.bench_step import criterion_forms, main, random_targets, whole_forms
 from util.structures import Target
 
@@ -76,7 +77,7 @@ def test_steps_of_the_benchmark_do_all_work_but_leave_the_weights() -> None:
     args = tiny_args(BRANCH)
     _, merged, _ = whole_forms(args, tiny_images(), random_targets([2, 1], classes=4))
     before = [leaf.detach().clone() for leaf in merged.leaves]
-    bench_step.timed_step(merged, torch.device("cpu"), parts=True)
+    timed_step(merged, torch.device("cpu"), parts=True)
     assert all(leaf.grad is not None for leaf in merged.leaves)
     assert all(torch.equal(old, leaf) for old, leaf in zip(before, merged.leaves, strict=True))
 

@@ -7,6 +7,7 @@ import torch
 
 from models import build_detector, build_model
 from models.aux_heads import HEADS
+from models.aux_heads.adapter import SingleScaleAdapter
 from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
 from util.errors import UserError
 
@@ -21,6 +22,8 @@ FORMS = {
     "empty_slots": "--aux_heads atss faster_rcnn --aux_fill masked --roi_samples 16",
     "heads_without_queries": "--aux_heads faster_rcnn --lambda1 0",
     "queries_without_losses_of_heads": "--aux_heads atss --lambda2 0",
+    "single_map": "--aux_heads atss faster_rcnn --num_feature_levels 1",
+    "single_map_of_stride_16": "--aux_heads atss --num_feature_levels 1 --dilation --backbone resnet50",
 }
 
 
@@ -95,6 +98,9 @@ def test_in_inference_heads_and_queries_are_silent_unless_a_head_is_evaluated() 
         output = silent(tiny_images(SIZES))
     assert list(output.sets) == ["one2one"] and not output.aux_detections
 
+    alone = build_detector(tiny_args(f"{FORMS['with_hybrid_branch']} --eval --resume x.pth"))
+    assert list(alone.groups) == ["one2one"]  # nothing else is built
+
     model, _, postprocessor = build_model(tiny_args(f"{FORMS['one_stage']} --eval_head atss"))
     with torch.no_grad():
         output = model.eval()(tiny_images(SIZES))
@@ -102,6 +108,20 @@ def test_in_inference_heads_and_queries_are_silent_unless_a_head_is_evaluated() 
     assert [d.image_id for d in detections] == [3, 4]
     assert all(len(d.scores) > 0 and (d.scores.diff() <= 0).all() for d in detections)
     assert detections[1].boxes_px.max() <= 20 and detections[1].boxes_px[:, 3].max() <= 10
+
+
+@pytest.mark.parametrize("stride", [16, 32])
+def test_a_single_map_becomes_a_pyramid_of_strides_8_to_64(stride: int) -> None:
+    adapter = SingleScaleAdapter(32, stride)
+    maps = adapter(torch.randn(2, 32, 192 // stride, 320 // stride))
+    assert [tuple(m.shape[-2:]) for m in maps] == [(24, 40), (12, 20), (6, 10), (3, 5)]
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_a_doubled_map_covers_a_map_of_odd_size() -> None:
+    shapes = [tuple(m.shape[-2:]) for m in SingleScaleAdapter(32, 32)(torch.randn(1, 32, 3, 5))]
+    assert shapes == [(12, 20), (6, 10), (3, 5), (2, 3)]
 
 
 def test_only_the_evaluated_head_detects() -> None:
@@ -119,7 +139,7 @@ def test_training_without_targets_says_what_is_missing() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--aux_heads atss --num_feature_levels 1", "3 or more"),
+        ("--aux_heads atss --dilation", "only with --num_feature_levels 1"),
         ("--eval_head atss", "--eval_head atss: needs --aux_heads atss"),
         ("--aux_heads atss atss --eval_head fcos", "these flags make the heads atss, atss2"),
         ("--aux_heads atss --max_pos_coords 0", "at least 1"),

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from models.aux_heads.atss import ATSSHead
 from models.aux_heads.base import AuxHead, Objects, Pyramid
 from models.aux_heads.dense import detect, one_hot, sum_by_level
+from models.aux_heads.faster_rcnn import FasterRCNNHead
 from models.aux_heads.fcos import FCOSHead
 from models.aux_heads.gfl import GFLHead
 from models.aux_heads.paa import PAAHead
 from models.aux_heads.retinanet import RetinaNetHead
 from tests.unit.small_pyramid import build, some_objects, some_pyramid
+from tests.waits import Waits
 
 HEADS = [ATSSHead, RetinaNetHead, FCOSHead, PAAHead, GFLHead]
 
@@ -54,6 +56,14 @@ def test_losses_are_float32_under_mixed_precision_and_nearly_the_same(head: type
 
 
 @pytest.mark.parametrize("head", HEADS)
+def test_no_operator_of_a_training_step_waits_for_the_device(head: type[AuxHead]) -> None:
+    head, pyramid, objects = build(head), some_pyramid([(64, 96), (50, 60)]), some_objects(crowd(3), crowd(1))
+    with Waits() as waits:
+        sum(value.sum() for value in head(pyramid, objects).losses.values()).backward()
+    assert not waits.found
+
+
+@pytest.mark.parametrize("head", HEADS)
 def test_training_never_asks_the_device(head: type[AuxHead]) -> None:
     """On the meta device there are no values: whatever would wait for one fails."""
     pyramid, objects = some_pyramid([(64, 96), (50, 60)]), some_objects(crowd(3), crowd(1))
@@ -63,6 +73,21 @@ def test_training_never_asks_the_device(head: type[AuxHead]) -> None:
     assert all(value.is_meta for value in output.losses.values())
     with pytest.raises((RuntimeError, NotImplementedError)):
         output.samples.positive.nonzero()  # a wait is indeed an error here
+
+
+@pytest.mark.parametrize("head", [*HEADS, FasterRCNNHead])
+def test_the_logits_are_those_of_the_samples_row_by_row(head: type[AuxHead]) -> None:
+    pyramid, objects = some_pyramid([(64, 96), (50, 60)]), some_objects(crowd(4), crowd(2))
+    output = build(head)(pyramid, objects)
+    samples, logits = output.samples, output.logits
+    assert logits.shape[:2] == samples.positive.shape and logits.shape[2] == 3 + (head is FasterRCNNHead)
+    (slope,) = torch.autograd.grad(output.losses["loss_cls"].sum(), logits)
+    own = torch.zeros_like(slope, dtype=torch.bool).scatter_(
+        2, objects.labels.gather(1, samples.target)[..., None], samples.positive[..., None]
+    )
+    # The class loss falls where the logit of a positive's own class rises, and nowhere else (but for the background).
+    assert own.any() and (slope[own] < 0).all()
+    assert (slope[..., :3][~own[..., :3]] >= 0).all() and (slope[samples.positive[..., None] & ~own] > 0).all()
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.ops import roi_align
 
 from models.aux_heads import sampling
@@ -17,6 +15,7 @@ from models.aux_heads.base import Objects, Pyramid
 from models.aux_heads.faster_rcnn import FasterRCNNHead
 from models.aux_heads.roi import RoISettings, pool_regions, region_levels
 from models.aux_heads.rpn import ProposalRule, Proposals, RPNSettings, _survivors, _survivors_at_once
+from tests.waits import Waits
 
 WIDTH, CLASSES, STRIDES = 8, 3, (8, 16, 32)
 
@@ -211,7 +210,7 @@ def _one_region(maps: list[Tensor], strides: tuple[int, ...], box: Tensor, image
 def test_the_second_stage_leaves_out_the_coarsest_map() -> None:
     head, pyramid = make_head(finest_scale=16), make_pyramid()
     # 128 pixels are three doublings of 16: they would ask for a fourth map, and get the last one that is used.
-    losses, _, _ = head.roi(pyramid, make_objects([(0.0, 0, 128, 128)]), make_proposals([(1.0, 1, 120, 120)]))
+    losses = head.roi(pyramid, make_objects([(0.0, 0, 128, 128)]), make_proposals([(1.0, 1, 120, 120)])).losses
     grads = torch.autograd.grad(sum(losses.values()), pyramid.maps, allow_unused=True)
     assert not grads[0].any() and grads[1].any() and grads[2] is None
 
@@ -224,15 +223,16 @@ def test_roi_losses_by_hand(in_order) -> None:
     # IoU with the object: itself 1, 0.8, none. With deltas of 0 the boxes are the regions, so GIoU = IoU.
     objects = make_objects([(10.0, 10, 50, 50)])
     proposals = with_gaps(make_proposals([(10.0, 10, 50, 42), (60.0, 60, 90, 90)]))
-    losses, samples, logs = head.roi(pyramid, objects, proposals)
+    output = head.roi(pyramid, objects, proposals)
+    samples, losses = output.samples, output.losses
     assert losses["loss_cls"].item() == pytest.approx(math.log(CLASSES + 1))
     assert losses["loss_bbox"].item() == pytest.approx(10 * 0.2 / 3, rel=1e-5)
     # Equal logits: class 0 wins, which is right for the two positives.
-    assert logs["acc"].item() == pytest.approx(200 / 3)
+    assert output.logs["acc"].item() == pytest.approx(200 / 3)
     with torch.no_grad():
         head.roi.fc_cls.bias[-1] = 1.0
     # Now all are background: right for one of the three; the five empty slots do not count.
-    assert head.roi(pyramid, objects, proposals)[2]["acc"].item() == pytest.approx(100 / 3)
+    assert head.roi(pyramid, objects, proposals).logs["acc"].item() == pytest.approx(100 / 3)
     assert samples.positive[0, :3].tolist() == [True, True, False]
     assert samples.negative[0, :3].tolist() == [False, False, True]
 
@@ -240,7 +240,7 @@ def test_roi_losses_by_hand(in_order) -> None:
 def test_the_box_of_the_own_class_is_taught(in_order) -> None:
     head, pyramid = silent(make_head()), make_pyramid()
     objects = make_objects([(0.0, 0, 9, 9), (10.0, 10, 50, 50)])  # labels 0 and 1
-    losses, _, _ = head.roi(pyramid, objects, make_proposals([(10.0, 10, 50, 42)]))
+    losses = head.roi(pyramid, objects, make_proposals([(10.0, 10, 50, 42)])).losses
     losses["loss_bbox"].backward()
     moved = head.roi.fc_reg.bias.grad.view(CLASSES, 4).abs().sum(1)
     assert moved[1] > 0 and moved[2] == 0
@@ -251,7 +251,7 @@ def test_samples_put_positives_first_and_are_cut_to_the_smallest_image(in_order)
     objects = make_objects([(10.0, 10, 50, 50)], [(20.0, 20, 60, 60), (70.0, 70, 90, 90)])
     far = [(100.0 + i, 100, 120, 120) for i in range(6)]
     proposals = make_proposals([*far, (11.0, 10, 50, 50)], [far[0]])
-    _, samples, _ = head.roi(pyramid, objects, proposals)
+    samples = head.roi(pyramid, objects, proposals).samples
     there = samples.positive | samples.negative
     assert there.sum(1).tolist() == [3, 3] and there[:, :3].all()
     assert samples.positive[:, :3].tolist() == [[True, True, False], [True, True, False]]
@@ -268,8 +268,8 @@ def test_places_without_a_proposal_change_nothing(in_order) -> None:
     objects = make_objects([(10.0, 10, 50, 50)])
     short = make_proposals([(11.0, 10, 50, 50), (60.0, 60, 90, 90)])
     long = with_gaps(short)
-    for name, loss in head.roi(pyramid, objects, short)[0].items():
-        torch.testing.assert_close(head.roi(pyramid, objects, long)[0][name], loss)
+    for name, loss in head.roi(pyramid, objects, short).losses.items():
+        torch.testing.assert_close(head.roi(pyramid, objects, long).losses[name], loss)
 
 
 # --- the whole head ---------------------------------------------------------------------------------------------------
@@ -306,12 +306,12 @@ def test_half_precision_maps_of_autocast_give_float32_features_and_nearly_the_sa
     head, pyramid, objects = make_head(), make_pyramid(), make_objects(crowd(3))
     half = dataclasses.replace(pyramid, maps=[m.bfloat16() for m in pyramid.maps])
     proposals = make_proposals(crowd(9))
-    expected, _, _ = head.roi(pyramid, objects, proposals)
+    expected = head.roi(pyramid, objects, proposals).losses
     with torch.autocast("cpu", torch.bfloat16):
-        losses, samples, _ = head.roi(half, objects, proposals)
+        output = head.roi(half, objects, proposals)
         scores = [*head.roi.classify(half, proposals.boxes), *head.rpn.score(half)]
-    assert {samples.features.dtype, *(v.dtype for v in scores)} == {torch.float32}
-    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0)
+    assert {output.samples.features.dtype, *(v.dtype for v in scores)} == {torch.float32}
+    torch.testing.assert_close(output.losses, expected, rtol=0.02, atol=0)
 
 
 def test_gradients_do_not_flow_through_the_proposals() -> None:
@@ -323,33 +323,14 @@ def test_gradients_do_not_flow_through_the_proposals() -> None:
     assert reached == (None,) * 6
 
 
-class _Waits(TorchDispatchMode):
-    """Counts the operators whose result has a size or a value that only the device knows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        by_mask = name.startswith("index") and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool for a in args if isinstance(a, (list, tuple)) for i in a
-        )
-        asks = {"_local_scalar_dense", "nonzero", "masked_select", "nms", "_unique2", "repeat_interleave"}
-        # An int as repeats is a shape of the host; it never arrives here as the operator of that name.
-        if name in asks or by_mask:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_training_step_waits_for_the_device_once(monkeypatch) -> None:
     monkeypatch.setattr("models.aux_heads.rpn._survivors", _survivors_at_once)  # what a GPU takes
     head, pyramid, objects = make_head(), make_pyramid(((128, 128), (100, 70))), make_objects(crowd(5), crowd(2))
-    with _Waits() as waits:
+    with Waits() as waits:
         output = head(pyramid, objects)
         sum(v.sum() for v in output.losses.values()).backward()
     assert waits.found == {"nms": 1}
-    with _Waits() as waits:  # the counter does see them
+    with Waits() as waits:  # the counter does see them
         head.predict(pyramid)
         objects.boxes[objects.valid].sum().item()
     assert waits.found["nonzero"] and waits.found["_local_scalar_dense"] and waits.found["index"]

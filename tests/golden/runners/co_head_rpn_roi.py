@@ -116,7 +116,7 @@ class _Case:
         roi = self.head.roi
         boxes, picked, target = roi.choose(self.objects, self.proposals)
         logits, deltas, pooled = roi.classify(self.pyramid, boxes)
-        losses, samples, _ = roi(self.pyramid, self.objects, self.proposals)
+        output = roi(self.pyramid, self.objects, self.proposals)
         levels = region_levels(boxes, finest_scale=roi.settings.finest_scale, levels=len(roi.strides))
         for i, taken in enumerate(picked.taken):
             self.close(f"roi.boxes{i}", boxes[i, taken])
@@ -126,9 +126,9 @@ class _Case:
         self.subsampled("roi.cls_sub", logits[picked.taken], 4000)
         self.subsampled("roi.reg_sub", deltas[picked.taken], 4000)
         self.subsampled("roi.feat_sub", pooled[picked.taken], 4000)
-        self.loss("loss.roi_loss_cls", losses["loss_cls"])
-        self.loss("loss.roi_loss_bbox", losses["loss_bbox"])
-        self.check_samples(samples)
+        self.loss("loss.roi_loss_cls", output.losses["loss_cls"])
+        self.loss("loss.roi_loss_bbox", output.losses["loss_bbox"])
+        self.check_samples(output.samples)
 
     def check_samples(self, samples: Samples) -> None:
         """What becomes decoder queries: as many for every image."""

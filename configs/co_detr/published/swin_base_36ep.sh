@@ -1,0 +1,7 @@
+#!/bin/sh
+# Co-DETR (Zong et al., 2023), files of the authors, evaluation.
+# Row: co_deformable_detr_swin_base_3x_coco, 100 detections kept per image. Published AP 57.5.
+# --resume FILE takes another file. Its heads alone: --eval_head atss, --eval_head faster_rcnn.
+# Total batch 16: 8 processes x 2.
+exec sh "$(dirname "$0")/../k2_swin_base_36ep.sh" --output_dir exps/co_detr/published/swin_base_36ep \
+    --eval --resume data/co_detr/co_deformable_detr_swin_base_3x_coco.pth "$@"

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Co-DETR (Zong et al., 2023), table 2, Deformable-DETR (one stage, no refinement), ResNet-50, 12 epochs.
+# Row: K = 2 (ATSS, Faster R-CNN). Published AP 42.9.
+# Total batch 32: 16 processes x 2, or 8 x 4 with --batch_size 4.
+exec sh "$(dirname "$0")/k0_12ep.sh" --output_dir exps/co_detr/table2/k2_12ep \
+    --aux_heads atss faster_rcnn "$@"

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Co-DETR (Zong et al., 2023), table 7: heads, Deformable-DETR++, ResNet-50, 12 epochs.
+# Row: K = 1, ATSS. Published AP 48.7.
+# Total batch 16: 8 processes x 2.
+exec sh "$(dirname "$0")/../k0_r50_12ep.sh" --output_dir exps/co_detr/table7/atss \
+    --aux_heads atss "$@"
