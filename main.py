@@ -19,7 +19,7 @@ from util import dist
 from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
-from util.checkpoint import compare_classes, init_from, load_weights, read_checkpoint
+from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
 from util.errors import UserError
@@ -234,6 +234,9 @@ def evaluate_checkpoint(
     """Evaluate the weights of a file, and its averaged weights with `--use_ema`."""
     for line in load_weights(model, content, name=name).lines:
         dist.info(f"{name}: {line}")
+    if evaluation.criterion is not None and not load_criterion(evaluation.criterion, content, name):
+        dist.info(f"{name} holds no learned matcher: evaluated without losses")
+        evaluation.criterion = None
     ema = ModelEma(model, args.ema_decay) if args.use_ema else None
     if ema is not None:
         if "ema" not in content:

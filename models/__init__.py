@@ -5,12 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from functools import partial
 
-from models.assign import build_assigners
+from models.assign import HungarianMatcher, build_assigners, class_target
 from models.backbones import Joiner, build_backbone
 from models.criterion import Criterion
 from models.detector import Detector
 from models.groups import build_groups
-from models.losses import box_regression, focal_classification
+from models.losses import box_regression, focal_classification, pairwise_classification, soft_classification
 from models.neck import InputProjection
 from models.parts import COCO_SLOTS, build_decoder, build_encoder, build_heads, num_classes
 from models.position_encoding import build_position_encoding
@@ -78,13 +78,21 @@ def build_postprocessor(args: Namespace) -> PostProcessor:
 
 def build_criterion(args: Namespace) -> Criterion:
     """Return the losses with the weights of the flags."""
+    target, assigners = class_target(args), build_assigners(args)
+    if target == "pairwise":
+        labels = pairwise_classification
+    elif target == "hard" and all(isinstance(a, HungarianMatcher) for a in assigners.values()):
+        labels = focal_classification  # the same for pairs of one weight, and a kernel instead of five
+    else:
+        labels = partial(soft_classification, quality=target == "quality")
     return Criterion(
-        assigners=build_assigners(args),
-        terms={"labels": partial(focal_classification, alpha=args.focal_alpha), "boxes": box_regression},
+        assigners=assigners,
+        terms={"labels": partial(labels, alpha=args.focal_alpha), "boxes": box_regression},
         weights={
             "loss_ce": args.cls_loss_coef,
             "loss_bbox": args.bbox_loss_coef,
             "loss_giou": args.giou_loss_coef,
+            "loss_corr": args.corr_loss_coef,
         },
         aux_loss=args.aux_loss,
     )

@@ -21,6 +21,7 @@ from util.structures import (
     FlatTargets,
     LossReport,
     Predictions,
+    Role,
     SupervisedSet,
     Supervision,
     Target,
@@ -94,7 +95,7 @@ class Criterion(nn.Module):
     """Losses of all sets.
 
     Args:
-        assigners: by the names that supervisions use; modules with parameters are registered.
+        assigners: by the roles that supervisions name; one may have several roles. Modules are registered.
         terms: loss terms by the names that supervisions use; each returns sums per layer.
         weights: weight in the total of every loss that the terms return (`loss_ce`, ...).
         aux_loss: also supervise the layers before the last one.
@@ -103,28 +104,31 @@ class Criterion(nn.Module):
     def __init__(
         self,
         *,
-        assigners: Mapping[str, Assigner],
+        assigners: Mapping[Role, Assigner],
         terms: Mapping[str, LossTerm],
         weights: Mapping[str, float],
         aux_loss: bool = True,
     ) -> None:
         super().__init__()
         self.assigners = dict(assigners)
-        self.learned = nn.ModuleDict({n: a for n, a in assigners.items() if isinstance(a, nn.Module)})
+        modules = {id(a): (role, a) for role, a in reversed(assigners.items()) if isinstance(a, nn.Module)}
+        self.learned = nn.ModuleDict(dict(modules.values()))  # each once, under the first of its roles
         self.terms = dict(terms)
         self.weights = dict(weights)
         self.aux_loss = aux_loss
 
-    def forward(self, output: DetectorOutput, targets: list[Target]) -> LossReport:
+    def forward(self, output: DetectorOutput, targets: list[Target], time: float | None = None) -> LossReport:
         """Return the weighted total and every entry of the log.
 
         Args:
             output: of the detector for B images.
             targets: their objects, on the same device. With several processes the normalisers are averaged over them:
                 one all-reduce of all counts.
+            time: epochs trained so far, with the finished share of the present one; schedules of assigners follow it.
+                None: they are at their end.
         """
         batches = self._batches(output, targets)
-        self._assign(batches)
+        self._assign(batches, time)
         jobs = [job for batch in batches for job in batch.jobs]
         # Not in evaluation: processes may have different numbers of batches there.
         counts = _average_counts([j.assignment.count for j in jobs], output.pred_logits.device, over_all=self.training)
@@ -163,9 +167,9 @@ class Criterion(nn.Module):
             batch.close()
         return batches
 
-    def _assign(self, batches: list[_Batch]) -> None:
-        """Give every job its pairs; each assigner is called once for all the sets that name it."""
-        waiting: dict[str, list[tuple[_Job, Request]]] = {}
+    def _assign(self, batches: list[_Batch], time: float | None) -> None:
+        """Give every job its pairs; each assigner is called once for all the sets that it serves."""
+        waiting: dict[int, list[tuple[_Job, Request]]] = {}
         for batch in batches:
             for job in batch.jobs:
                 if isinstance(job.supervision.assign, Assignment):
@@ -173,12 +177,14 @@ class Criterion(nn.Module):
                     ready = ready if self.aux_loss else _of_last_layer(ready, job)
                     job.assignment = _in_stack(ready, batch, job)
                     continue
+                rows = batch.rows(job)
                 request = Request(
-                    job.name, batch.predictions, job.targets, job.supervision, batch.rows(job), job.slots, job.layers
+                    job.name, batch.predictions, job.targets, job.supervision, rows, job.slots, job.layers, time
                 )
-                waiting.setdefault(job.supervision.assign, []).append((job, request))
-        for name, entries in waiting.items():
-            assignments = self.assigners[name]([request for _, request in entries])
+                waiting.setdefault(id(self.assigners[job.supervision.assign]), []).append((job, request))
+        for entries in waiting.values():
+            assigner = self.assigners[entries[0][0].supervision.assign]
+            assignments = assigner([request for _, request in entries])
             for (job, _), assignment in zip(entries, assignments):
                 job.assignment = assignment
 
@@ -194,10 +200,11 @@ class Criterion(nn.Module):
                     sums = (job.supervision.weight * per_slot[:, job.slots].sum(1) / count).unbind()
                     for layer, row in zip(job.layers, batch.rows(job)):
                         _add(values, weights, loss_name(loss, job.name, layer, job.last), sums[row], self.weights[loss])
-        for job, own in zip(batch.jobs, pairs):
-            for loss, value in job.assignment.losses.items():
-                name = loss_name(loss, job.name, job.last, job.last)
-                _add(values, weights, name, job.supervision.weight * value, 1.0)
+        for job, own, count in zip(batch.jobs, pairs, counts):
+            for loss, sums in job.assignment.losses.items():
+                for layer, value in zip(job.layers, (job.supervision.weight * sums / count).unbind()):
+                    name = loss_name(loss, job.name, layer, job.last)
+                    _add(values, weights, name, value, self.weights.get(loss, 1.0))
             self._log(batch, job, own, values)
 
     @staticmethod
@@ -212,6 +219,8 @@ class Criterion(nn.Module):
         errors = cardinality_error(logits[:, :, job.slots], objects.to(logits.device, non_blocking=True)).unbind()
         for layer, row in zip(job.layers, batch.rows(job)):
             values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]
+        for entry, value in job.assignment.logs.items():
+            values[loss_name(entry, job.name, job.last, job.last)] = value
 
     @staticmethod
     def _untrained(output: DetectorOutput, jobs: list[_Job]) -> Tensor | float:
@@ -244,7 +253,9 @@ def _of_last_layer(assignment: Assignment, job: _Job) -> Assignment:
         slot=assignment.slot[here],
         target=assignment.target[here],
         weight=None if assignment.weight is None else assignment.weight[here],
+        score=None if assignment.score is None else assignment.score[here],
         ignore=None if assignment.ignore is None else assignment.ignore[last:],
+        losses={name: sums[last:] for name, sums in assignment.losses.items()},
     )
 
 
@@ -261,17 +272,20 @@ def _join(batch: _Batch) -> Assignment:
     parts = [job.assignment for job in batch.jobs]
     if len(parts) == 1 and parts[0].ignore is None:
         return parts[0]
-    weight = ignore = None
-    if any(part.weight is not None for part in parts):
+    weight = score = ignore = None
+    if any(part.weight is not None or part.score is not None for part in parts):
         ones = [torch.ones_like(part.slot, dtype=torch.float32) for part in parts]
-        weight = torch.cat([one if part.weight is None else part.weight for part, one in zip(parts, ones)])
+        weights = [one if part.weight is None else part.weight for part, one in zip(parts, ones)]
+        weight = torch.cat(weights)
+    if any(part.score is not None for part in parts):
+        score = torch.cat([w.detach() if part.score is None else part.score for part, w in zip(parts, weights)])
     if any(part.ignore is not None for part in parts):
         ignore = torch.zeros_like(batch.predictions.logits[..., 0], dtype=torch.bool)
         for job in batch.jobs:
             for row, own in zip(batch.rows(job), () if job.assignment.ignore is None else job.assignment.ignore):
                 ignore[row, :, job.slots] = own
     flat = [torch.cat([getattr(p, name) for p in parts]) for name in ("layer", "image", "slot", "target")]
-    return Assignment(*flat, weight=weight, ignore=ignore)
+    return Assignment(*flat, weight=weight, score=score, ignore=ignore)
 
 
 def _gather(targets: FlatTargets, assignment: Assignment) -> TargetPairs:

@@ -91,13 +91,14 @@ class DeformableDecoder(nn.Module):
         may_see = visibility(groups, x.device)
         blocked = hide_padding(None if may_see is None else ~may_see, _padding(groups), self.num_heads)
         parts = _by_heads(groups, heads)
-        logits, boxes = [], []
+        logits, boxes, embeds = [], [], []
         head_reference = reference  # what the head adds its offset to; differs from `reference` only in its gradient
         for i, layer in enumerate(self.layers):
             if self.use_checkpoint and self.training:
                 x = checkpoint(layer, x, pos, reference, memory, blocked, use_reentrant=False)
             else:
                 x = layer(x, pos, reference, memory, blocked)
+            embeds.append(x)
             delta = _apply([(h.bbox_embed[i], slots) for h, slots in parts], x)
             logits.append(at_least_float32(_apply([(h.class_embed[i], slots) for h, slots in parts], x)))
             boxes.append(shift_box(delta, head_reference))
@@ -105,7 +106,7 @@ class DeformableDecoder(nn.Module):
                 refined = shift_box(delta, reference) if self.look_forward_twice else boxes[-1]
                 reference = refined.detach()
                 head_reference = refined if self.look_forward_twice else reference
-        return _unpack(torch.stack(logits), torch.stack(boxes), groups)
+        return _unpack(Predictions(torch.stack(logits), torch.stack(boxes), _padding(groups), embeds), groups)
 
 
 def _by_heads(groups: Sequence[QueryGroup], heads: Heads | Sequence[Heads]) -> list[tuple[Heads, slice]]:
@@ -130,13 +131,13 @@ def _apply(parts: Sequence[tuple[nn.Module, slice]], x: Tensor) -> Tensor:
     return torch.cat([module(x[:, slots]) for module, slots in parts], 1)
 
 
-def _unpack(logits: Tensor, boxes: Tensor, groups: Sequence[QueryGroup]) -> dict[str, SupervisedSet]:
+def _unpack(stack: Predictions, groups: Sequence[QueryGroup]) -> dict[str, SupervisedSet]:
     """Cut the slots of all groups into one set per group."""
-    stack = Predictions(logits, boxes, _padding(groups))
     result, start = {}, 0
     for group in groups:
         slots = slice(start, start + len(group))
-        own = Predictions(logits[:, :, slots], boxes[:, :, slots], group.padding)
+        embeds = [x[:, slots] for x in stack.embeds]
+        own = Predictions(stack.logits[:, :, slots], stack.boxes[:, :, slots], group.padding, embeds)
         result[group.name] = SupervisedSet(own, group.supervision, stack, start)
         start = slots.stop
     return result

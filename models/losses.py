@@ -10,10 +10,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 from torchvision.ops import sigmoid_focal_loss
 
 from ops.module import at_least_float32
-from util.boxes import cxcywh_to_xyxy, paired_giou
+from util.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from util.structures import Assignment, Predictions, TargetPairs
 
 LossTerm = Callable[[Predictions, TargetPairs, Assignment], dict[str, Tensor]]
@@ -24,19 +25,95 @@ def focal_classification(
 ) -> dict[str, Tensor]:
     """Return `loss_ce` (L, N): the sigmoid focal loss summed over all images and classes.
 
-    The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, section 5).
+    The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, section 5); the
+    weight of a pair takes the place of 1.
     Empty slots (`predictions.padding`) and `assignment.ignore` count nothing.
     """
     logits = at_least_float32(predictions.logits)
-    target = torch.zeros_like(logits)
-    where = (assignment.layer, assignment.image, assignment.slot, pairs.labels)
-    target[where] = 1.0 if assignment.weight is None else assignment.weight.to(target.dtype)
+    if assignment.weight is None:
+        target = torch.zeros_like(logits)
+        target[assignment.layer, assignment.image, assignment.slot, pairs.labels] = 1.0
+    else:
+        target, _ = _class_targets(logits, predictions, pairs, assignment, quality=False)
     loss = sigmoid_focal_loss(logits, target, alpha=alpha, gamma=gamma, reduction="none")
+    return {"loss_ce": _without_ignored(loss, predictions, assignment).sum((1, 3))}
+
+
+def soft_classification(
+    predictions: Predictions,
+    pairs: TargetPairs,
+    assignment: Assignment,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    quality: bool = False,
+) -> dict[str, Tensor]:
+    """Return `loss_ce` (L, N): the quality focal loss with targets T in [0, 1], summed over all images and classes.
+
+    alpha |T - p|^gamma BCE(p, T) where T > 0, else (1 - alpha) p^gamma BCE(p, 0): the focal loss where T is 0 or 1.
+    T is the largest `assignment.score` (or `weight`, or 1) of the pairs of a slot and a class. Where a pair says -1 and
+    no other says more, that class of the slot is left out.
+
+    Args:
+        quality: T times the IoU of the predicted box with its target.
+    """
+    logits = at_least_float32(predictions.logits)
+    target, left_out = _class_targets(logits, predictions, pairs, assignment, quality)
+    p = logits.sigmoid()
+    factor = torch.where(target > 0, alpha * (target - p).abs() ** gamma, (1 - alpha) * p**gamma)
+    loss = factor * binary_cross_entropy_with_logits(logits, target, reduction="none")
+    loss = loss.masked_fill(left_out, 0.0)
+    return {"loss_ce": _without_ignored(loss, predictions, assignment).sum((1, 3))}
+
+
+@torch.no_grad()
+def _class_targets(
+    logits: Tensor, predictions: Predictions, pairs: TargetPairs, assignment: Assignment, quality: bool
+) -> tuple[Tensor, Tensor]:
+    """Return T, and what is left out of the class loss, (L, B, N, C) each."""
+    score = assignment.weight if assignment.score is None else assignment.score
+    score = torch.ones_like(pairs.boxes[:, 0]) if score is None else score.to(logits.dtype)
+    if quality:
+        boxes = at_least_float32(predictions.boxes[assignment.layer, assignment.image, assignment.slot])
+        iou = paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
+        score = torch.where(score > 0, score * iou, score)
+    _, images, slots, classes = logits.shape
+    cell = ((assignment.layer * images + assignment.image) * slots + assignment.slot) * classes + pairs.labels
+    target = torch.zeros_like(logits).flatten()
+    # The same slot may serve several objects of one class.
+    target = target.scatter_reduce(0, cell, score.clamp(min=0), "amax").view_as(logits)
+    declined = torch.zeros_like(logits).flatten().scatter_reduce(0, cell, score, "amin").view_as(logits)
+    return target, (declined < 0) & (target == 0)
+
+
+def pairwise_classification(
+    predictions: Predictions, pairs: TargetPairs, assignment: Assignment, *, alpha: float = 0.25, gamma: float = 2.0
+) -> dict[str, Tensor]:
+    """Return `loss_ce` (L, N): for each pair its weight times the focal loss of all classes of the slot.
+
+    The weight may carry gradient. Slots without a pair are background.
+    """
+    logits = at_least_float32(predictions.logits)
+    p = logits.sigmoid()
+    negative = (1 - alpha) * p**gamma * softplus(logits)
+    background = negative.sum(-1)
+    where = (assignment.layer, assignment.image, assignment.slot)
+    own, own_p = logits[(*where, pairs.labels)], p[(*where, pairs.labels)]
+    positive = alpha * (1 - own_p) ** gamma * softplus(-own)
+    loss = background[where] + positive - negative[(*where, pairs.labels)]
+    weight = torch.ones_like(loss) if assignment.weight is None else assignment.weight
+    taught = torch.zeros_like(background).index_put(where, weight.detach(), accumulate=True) > 0
+    values = background.masked_fill(taught, 0.0).index_put(where, weight * loss, accumulate=True)
+    return {"loss_ce": _without_ignored(values[..., None], predictions, assignment).sum((1, 3))}
+
+
+def _without_ignored(loss: Tensor, predictions: Predictions, assignment: Assignment) -> Tensor:
+    """Return `loss` (L, B, N, ...) with 0 at slots that do not count."""
     if predictions.padding is not None:
         loss = loss.masked_fill(predictions.padding[None, :, :, None], 0.0)
     if assignment.ignore is not None:
         loss = loss.masked_fill(assignment.ignore[..., None], 0.0)
-    return {"loss_ce": loss.sum((1, 3))}
+    return loss
 
 
 def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Assignment) -> dict[str, Tensor]:
@@ -68,6 +145,8 @@ def class_error(logits: Tensor, pairs: TargetPairs, assignment: Assignment, laye
         layer: index of the layer looked at.
     """
     here = assignment.layer == layer
+    if assignment.weight is not None:
+        here = here & (assignment.weight > 0)
     right = (logits[assignment.layer, assignment.image, assignment.slot].argmax(-1) == pairs.labels) & here
     return 100 - 100 * right.sum() / here.sum().clamp(min=1)
 

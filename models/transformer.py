@@ -118,7 +118,7 @@ class TwoStageTransformer(DeformableTransformer):
         tokens = self.enc_output_norm(self.enc_output(tokens))
         scores = at_least_float32(heads.class_embed[-1](tokens))
         box_logits = at_least_float32(heads.bbox_embed[-1](tokens)) + prior
-        return Predictions(scores[None], box_logits.sigmoid()[None]), box_logits, tokens
+        return Predictions(scores[None], box_logits.sigmoid()[None], embeds=[tokens]), box_logits, tokens
 
     def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
         encoder, box_logits, tokens = self.propose(memory, heads)
@@ -132,7 +132,7 @@ class TwoStageTransformer(DeformableTransformer):
                 seen.append(encoder)
             else:
                 scores = at_least_float32(claim.scorer(tokens))
-                seen.append(Predictions(scores[None], encoder.boxes))
+                seen.append(Predictions(scores[None], encoder.boxes, embeds=[tokens]))
                 chosen.append(proposals.select_unused(_objectness(seen[-1]), chosen, claim.count))
         boxes = proposals.gather_rows(box_logits.detach(), torch.cat(chosen, 1)).sigmoid()
         embedded = sine_embed_boxes(boxes, self.pos_trans.in_features // 4)

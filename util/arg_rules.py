@@ -8,6 +8,11 @@ from util.errors import UserError
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
 BRANCH_ONLY = {"one2many_groups": "joint", "one2many_proposals": "rank", "one2many_own": "nothing"}
+# Flags that only a learned matcher reads.
+SOFT_ONLY = (
+    "scg scg_rho scg_switch soft_norm column_competition soft_warmup soft_warmup_share probe_entropy corr_grad "
+    "corr_class live_weights extra_cls soft_background soft_extra_layers probe_logits logit_scale_max box_code key_box"
+).split()
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -32,7 +37,7 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     not_negative += (
         "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many lambda1 lambda2 aux_convs".split()
     )
-    not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef".split()
+    not_negative += "cls_loss_coef bbox_loss_coef giou_loss_coef corr_loss_coef".split()
     rules = [(getattr(a, n) < 1, f"--{n} {getattr(a, n)}: must be at least 1") for n in positive]
     rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
     for n in ("train_scales", "crop_scales", "crop_range"):
@@ -100,7 +105,7 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (a.nms_iou > 0 and a.soft_nms_iou > 0, "--nms_iou and --soft_nms_iou: give one of them"),
         (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
     ]
-    return rules + _hybrid_rules(a)
+    return rules + _hybrid_rules(a) + _matcher_rules(a)
 
 
 def _hybrid_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
@@ -137,3 +142,42 @@ def _hybrid_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
             f"--hybrid_layers {a.hybrid_layers}: 0 to --dec_layers {a.dec_layers}",
         ),
     ]
+
+
+def _matcher_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
+    """Return the same for the flags of matchers; None is a flag that was not given."""
+    learned = a.matcher.startswith("soft") or a.enc_matcher == "soft"
+    greedy = learned or "cost-greedy" in (a.matcher, a.enc_matcher)
+    given = [f"--{n} {getattr(a, n)}" for n in SOFT_ONLY if getattr(a, n) is not None]
+    shares = {n: getattr(a, n) for n in ("scg_rho", "scg_switch", "soft_warmup_share")}
+    layers = a.soft_extra_layers or 0
+    return [
+        (bool(given) and not learned, f"{', '.join(given)}: nothing is learned here; add --matcher soft"),
+        (bool(a.enc_matcher) and not a.two_stage, f"--enc_matcher {a.enc_matcher} is for --two_stage: add it"),
+        (
+            a.cls_target in ("weight", "pairwise") and not a.matcher.startswith("soft"),
+            f"--cls_target {a.cls_target}: --matcher {a.matcher} makes no weights; use hard or quality",
+        ),
+        (
+            bool(a.extra_cls) and a.cls_target not in ("hard", "quality"),
+            f"--extra_cls {a.extra_cls}: with weights as targets there is nothing to say; add --cls_target hard",
+        ),
+        (a.greedy_rounds is not None and not greedy, "--greedy_rounds: nobody bids here; add --matcher cost-greedy"),
+        (a.greedy_rounds is not None and a.greedy_rounds < 1, f"--greedy_rounds {a.greedy_rounds}: must be at least 1"),
+        *((v is not None and not 0 <= v <= 1, f"--{n} {v}: a share, 0 to 1") for n, v in shares.items()),
+        (
+            (a.scg_switch or 0) > 0 and a.scg == "rounds",
+            "--scg_switch changes to --scg rounds, which is there from the start: leave out one of them",
+        ),
+        ((a.logit_scale_max or 1) <= 0, f"--logit_scale_max {a.logit_scale_max}: must be above 0"),
+        ((a.probe_entropy or 0) < 0, f"--probe_entropy {a.probe_entropy}: must be 0 or more"),
+        (
+            a.logit_scale_max is not None and _dot_products(a),
+            "--logit_scale_max is for --probe_logits cosine: dot products have no scale",
+        ),
+        (not 0 <= layers <= a.dec_layers, f"--soft_extra_layers {layers}: 0 to --dec_layers {a.dec_layers}"),
+    ]
+
+
+def _dot_products(a: argparse.Namespace) -> bool:
+    return (a.probe_logits or ("dot" if a.matcher == "soft-literal" else "cosine")) == "dot"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries
+from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -30,6 +30,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_transformer,
         add_queries,
         add_hybrid,
+        add_soft,
         add_auxiliary,
         add_losses,
         _add_optimisation,

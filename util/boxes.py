@@ -24,14 +24,25 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     values, which the training step finds and names.
     """
     (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
-    width = (torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)).clamp(min=0)
-    height = (torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)).clamp(min=0)
-    inter = width * height
-    union = (right_a - left_a) * (bottom_a - top_a) + (right_b - left_b) * (bottom_b - top_b) - inter
+    inter, union = _inter_union(a, b)
     width = (torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)).clamp(min=0)
     height = (torch.maximum(bottom_a, bottom_b) - torch.minimum(top_a, top_b)).clamp(min=0)
     hull = width * height
     return inter / union - (hull - union) / hull
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Return the IoU, (...), of the corner boxes `a` and `b`, (..., 4) each or broadcast to it."""
+    inter, union = _inter_union(a, b)
+    return inter / union
+
+
+def _inter_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = a.unbind(-1), b.unbind(-1)
+    width = (torch.minimum(right_a, right_b) - torch.maximum(left_a, left_b)).clamp(min=0)
+    height = (torch.minimum(bottom_a, bottom_b) - torch.maximum(top_a, top_b)).clamp(min=0)
+    inter = width * height
+    return inter, (right_a - left_a) * (bottom_a - top_a) + (right_b - left_b) * (bottom_b - top_b) - inter
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

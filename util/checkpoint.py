@@ -173,6 +173,30 @@ def load_weights(
     return report
 
 
+def load_criterion(criterion: nn.Module, content: Mapping[str, Any], name: str) -> bool:
+    """Load what a learned matcher knows; False if there is one and the file holds nothing for it.
+
+    Args:
+        content: of a checkpoint.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: the file holds another matcher.
+    """
+    if not criterion.state_dict():
+        return True
+    if "criterion" not in content:
+        return False
+    try:
+        criterion.load_state_dict(content["criterion"])
+    except RuntimeError as error:
+        raise UserError(
+            f"checkpoint {name} was trained with another matcher: use its --matcher, --enc_matcher, --probe_logits, "
+            f"--box_code and --key_box ({str(error).splitlines()[-1].strip()})"
+        ) from error
+    return True
+
+
 def native_weights(content: Mapping[str, Any], name: str) -> dict[str, Tensor]:
     """Return the weights in the content of a file under our names; UserError if there are none or none of ours."""
     weights = find_weights(content)

@@ -35,8 +35,9 @@ class TrainStep(nn.Module):
         self.model = model
         self.criterion = criterion
 
-    def forward(self, images: ImageBatch, targets: list[Target], epoch: int) -> LossReport:
-        return self.criterion(self.model(images, targets, epoch), targets)
+    def forward(self, images: ImageBatch, targets: list[Target], epoch: int, done: float = 0.0) -> LossReport:
+        """Return the losses of a batch in `epoch`, counted from 0, of which the share `done` is over."""
+        return self.criterion(self.model(images, targets, epoch), targets, epoch + done)
 
 
 def distribute(step: TrainStep, device: torch.device, find_unused_parameters: bool = False) -> nn.Module:
@@ -103,7 +104,7 @@ def train_one_epoch(
 
         with nullcontext() if window_ends or not dist.is_distributed() else train_step.no_sync():
             with settings.autocast(device):
-                report = train_step(images, targets, epoch)
+                report = train_step(images, targets, epoch, (state.step - 1) / batches)
             finite = guard.loss_is_finite(report, images, targets, epoch=epoch, step=state.step - 1)
             healthy = healthy and finite
             if healthy:
@@ -128,12 +129,20 @@ def train_one_epoch(
 
 
 def _update_weights(state: TrainState, settings: StepSettings, guard: NonFiniteGuard) -> None:
-    """Clip, step, average, count."""
+    """Clip, step, average, count.
+
+    A criterion with parameters (a learned matcher) is clipped on its own: its early, large gradients would otherwise
+    use up the bound of the detector.
+    """
     state.scaler.unscale_(state.optimizer)
-    parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, settings.clip_max_norm or float("inf"))
+    limit = settings.clip_max_norm or float("inf")
+    learned = list(state.criterion.parameters())
+    apart = {id(p) for p in learned}
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"] if id(p) not in apart]
+    norm = nn.utils.clip_grad_norm_(parameters, limit)
+    both = torch.hypot(norm, nn.utils.clip_grad_norm_(learned, limit)) if learned else norm
     where = {"epoch": state.epoch + 1, "step": state.step - 1, "scaled": state.scaler.is_enabled()}
-    if guard.gradient_is_finite(norm, state.model, **where):
+    if guard.gradient_is_finite(both, state.model, **where):
         state.meters.update({"grad_norm": norm})
         state.scaler.step(state.optimizer)
         if state.ema is not None:

@@ -86,6 +86,119 @@ def add_hybrid(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--hybrid_layers", default=4, type=int, help="one-to-many decoder layers L1 in --hybrid layer")
 
 
+def add_soft(parser: argparse.ArgumentParser) -> None:
+    """Matchers and their readings; None stands for the default of the matcher."""
+    group = parser.add_argument_group("matchers without a solver (Beyond Hungarian, arXiv 2603.08514)")
+    group.add_argument(
+        "--matcher",
+        default="hungarian",
+        choices=["hungarian", "cost-greedy", "soft", "soft-literal"],
+        help="how queries get objects: optimally, on the CPU; in rounds of bids by cost; by learned correspondence; "
+        "the same as close to the paper as is known",
+    )
+    group.add_argument(
+        "--enc_matcher",
+        choices=["hungarian", "cost-greedy", "soft"],
+        help=_taken(
+            "the same for the proposals of --two_stage", "hungarian with --matcher hungarian, else cost-greedy"
+        ),
+    )
+    group.add_argument(
+        "--greedy_rounds", type=int, help=_taken("rounds of bids of cost-greedy and of --scg rounds", "8")
+    )
+    group.add_argument(
+        "--cls_target",
+        choices=["hard", "weight", "quality", "pairwise"],
+        help=_taken(
+            "target of the class loss: 1; the weight of the pair; the IoU; or a loss for each pair, times its weight",
+            "weight with --matcher soft, else hard",
+            "pairwise",
+        ),
+    )
+    group.add_argument(
+        "--extra_cls",
+        choices=["ignore", "positive"],
+        help=_taken("with --cls_target hard and quality, class of all but the strongest pair of an object", "ignore"),
+    )
+    group.add_argument(
+        "--soft_background",
+        action=SWITCH,
+        default=None,
+        help=_taken("queries without an object learn to say nothing", "on"),
+    )
+    group.add_argument("--soft_extra_layers", type=int, help=_taken("first decoder layers with extra positives", "0"))
+    group.add_argument(
+        "--scg",
+        choices=["colpeak", "rowpeak", "mutual", "rounds"],
+        help=_taken("which correspondences are kept, see models/assign/scg.py", "colpeak"),
+    )
+    group.add_argument("--scg_rho", type=float, help=_taken("smallest share of the peak that is kept", "0.5"))
+    group.add_argument(
+        "--scg_switch", type=float, help=_taken("share of training after which --scg is rounds", "1, never")
+    )
+    group.add_argument(
+        "--soft_norm",
+        choices=["row", "column", "global", "none"],
+        help=_taken("what of the weights has the sum 1: of an object, of a query, the mean over objects", "row"),
+    )
+    _add_probe(group)
+
+
+def _add_probe(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--probe_logits",
+        choices=["cosine", "dot"],
+        help=_taken("cosine times a learned scale, or scaled dot product", "cosine", "dot"),
+    )
+    group.add_argument("--logit_scale_max", type=float, help=_taken("largest scale of cosine logits", "30"))
+    group.add_argument(
+        "--box_code", choices=["sine", "raw"], help=_taken("how the probe sees boxes", "sine and raw", "raw")
+    )
+    group.add_argument(
+        "--key_box",
+        action=SWITCH,
+        default=None,
+        help=_taken("the probe sees the predicted boxes of queries", "on", "off"),
+    )
+    group.add_argument(
+        "--column_competition",
+        choices=["none", "dual", "center", "sinkhorn"],
+        help=_taken("how objects compete for a query", "dual", "none"),
+    )
+    group.add_argument(
+        "--soft_warmup",
+        choices=["none", "prior", "teacher"],
+        help=_taken("first help for the probe: the distance of boxes; or Hungarian pairs, on the CPU", "prior", "none"),
+    )
+    group.add_argument(
+        "--soft_warmup_share", type=float, help=_taken("share of training over which that help fades", "0.1")
+    )
+    group.add_argument(
+        "--probe_entropy",
+        type=float,
+        help=_taken("reward for undecided correspondences, which fades over a fifth of training", "0"),
+    )
+    group.add_argument(
+        "--corr_grad",
+        choices=["probe", "probe+query", "full"],
+        help=_taken("what the correspondence loss trains; full: predictions too", "probe+query", "full"),
+    )
+    group.add_argument(
+        "--corr_class",
+        choices=["match", "full"],
+        help=_taken("class cost in that loss: that of matching, or of all classes of the query", "match", "full"),
+    )
+    group.add_argument(
+        "--live_weights", action=SWITCH, default=None, help=_taken("the other losses train the probe too", "off", "on")
+    )
+
+
+def _taken(text: str, value: str, literal: str = "") -> str:
+    """Return a help line with the default of the matcher; `literal` is that of soft-literal, if it differs."""
+    also = f"; soft-literal: {literal}" if literal else ""
+    return f"{text} (default: {value}{also})%(default).0s"  # no characters of None, which argparse would add
+
+
 def add_auxiliary(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("auxiliary heads (Co-DETR, section 3)")
     group.add_argument(
@@ -125,6 +238,7 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cls_loss_coef", default=2.0, type=float, help="focal loss")
     group.add_argument("--bbox_loss_coef", default=5.0, type=float, help="L1 of cxcywh")
     group.add_argument("--giou_loss_coef", default=2.0, type=float, help="1 - GIoU")
+    group.add_argument("--corr_loss_coef", default=1.0, type=float, help="correspondence loss of --matcher soft")
     group.add_argument("--focal_alpha", default=0.25, type=float, help="weight of positives in the focal loss")
     group.add_argument(
         "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise only the last decoder layer"

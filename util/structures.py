@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 LevelShapes = tuple[tuple[int, int], ...]
+# What supervisions ask an assigner for: decoder queries or encoder proposals. Flags say which assigner serves which.
+Role = Literal["queries", "proposals"]
 
 
 def _move(value, device: torch.device | str, non_blocking: bool):
@@ -116,6 +118,8 @@ class Predictions:
     logits: Tensor  # (L, B, N, C)
     boxes: Tensor  # (L, B, N, 4) cxcywh in [0, 1]
     padding: Tensor | None = None  # (B, N) True = empty slot, neither positive nor negative
+    # [(B, N, D)] per layer: what the heads saw. Not stacked: most training schemes never look.
+    embeds: Sequence[Tensor] | None = None
 
     @property
     def layers(self) -> int:
@@ -129,7 +133,8 @@ class Predictions:
         def pick(values: Tensor) -> Tensor:
             return torch.stack([values[i] for i in layers])  # indexing with a list would wait for the device
 
-        return Predictions(pick(self.logits), pick(self.boxes), self.padding)
+        embeds = None if self.embeds is None else [self.embeds[i] for i in layers]
+        return Predictions(pick(self.logits), pick(self.boxes), self.padding, embeds)
 
 
 @dataclass
@@ -140,10 +145,12 @@ class Assignment:
     image: Tensor  # (P,) int64
     slot: Tensor  # (P,) int64, index into the set; what an assigner returns counts in the predictions it was given
     target: Tensor  # (P,) int64, index into the targets of that image
-    weight: Tensor | None = None  # (P,), None = 1; may carry gradient (soft matching)
+    weight: Tensor | None = None  # (P,), None = 1, 0 = no pair at all; may carry gradient (soft matching)
     ignore: Tensor | None = None  # (L, B, N) slots left out of the class loss
     count: float | Tensor = 0.0  # local number the losses are divided by, once averaged over processes
-    losses: dict[str, Tensor] = field(default_factory=dict)  # the assigner's own training losses
+    losses: dict[str, Tensor] = field(default_factory=dict)  # (L,) each, the assigner's own: sums like all losses
+    logs: dict[str, Tensor] = field(default_factory=dict)  # scalars that are only logged
+    score: Tensor | None = None  # (P,) target of the pair's class, None = `weight`, -1 = left out of the class loss
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -153,7 +160,7 @@ class Assignment:
 class Supervision:
     """How a set of predictions is taught."""
 
-    assign: str | Assignment = "hungarian"  # name of an assigner the criterion owns, or ready-made pairs
+    assign: Role | Assignment = "queries"  # whose assigner of the criterion, or ready-made pairs
     layers: range | None = None  # decoder layers it teaches; None = all
     weight: float = 1.0  # lambda of the scheme
     repeat: int = 1  # k: a target may be matched k times

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from util import dist
-from util.checkpoint import load_weights, stored_args, write_atomically
+from util.checkpoint import load_criterion, load_weights, stored_args, write_atomically
 from util.errors import UserError
 from util.logger import Meters
 from util.optim import ModelEma, StepSchedule
@@ -23,7 +23,7 @@ FORMAT = 1  # of our files; published ones have none
 TOLD = (
     "lr", "lr_backbone", "lr_linear_proj_mult", "lr_drop", "lr_drop_epochs", "warmup_steps", "weight_decay", "epochs",
     "batch_size", "grad_accum_steps", "lr_scale", "clip_max_norm", "amp", "use_ema", "ema_decay", "dropout", "augment",
-    "train_scales", "max_size", "seed",
+    "train_scales", "max_size", "seed", "matcher", "enc_matcher",
 )
 # fmt: on
 
@@ -128,8 +128,8 @@ class TrainState:
             dist.info(f"{name}: {line}")
         if self.ema is not None:
             self._resume_ema(content, name)
-        if "criterion" in content:
-            self.criterion.load_state_dict(content["criterion"])
+        if not load_criterion(self.criterion, content, name):
+            dist.info(f"{name} holds no learned matcher: it starts anew")
         # Files made smaller for publication may keep the names of the parts they lost.
         parts = (("optimizer", "param_groups"), ("lr_scheduler", "last_epoch"))
         if "epoch" not in content or not all(key in (content.get(part) or ()) for part, key in parts):
@@ -161,8 +161,9 @@ class TrainState:
         if ours != theirs or sizes[0] != sizes[1]:
             raise UserError(
                 f"the optimiser in {name} does not fit: {theirs[0]} with groups of {sizes[1]} parameters in the file, "
-                f"{ours[0]} with {sizes[0]} here. Use the same --sgd, --freeze, --lr_backbone, --lr_backbone_names "
-                "and --lr_linear_proj_names as in training, or start anew from the weights with --init_from"
+                f"{ours[0]} with {sizes[0]} here. Use the same --matcher, --sgd, --freeze, --lr_backbone, "
+                "--lr_backbone_names and --lr_linear_proj_names as in training, or start anew from the weights with "
+                "--init_from"
             )
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.optimizer.load_state_dict(saved)

@@ -32,7 +32,8 @@ class Request:
     supervision: Supervision
     rows: Sequence[int] | None = None  # layers of `predictions` that are meant; None = all
     slots: slice = field(default_factory=lambda: slice(None))
-    layers: Sequence[int] | None = None  # their numbers in the decoder, for messages; None = the same
+    layers: Sequence[int] | None = None  # their numbers in the decoder; None = the same
+    time: float | None = None  # epochs trained so far, with the finished share of the present one; None = all
 
     def __post_init__(self) -> None:
         self.rows = range(self.predictions.layers) if self.rows is None else self.rows

@@ -10,7 +10,7 @@ from models.heads import Heads
 from util.structures import DetectorOutput, ImageBatch, Memory, QueryGroup, Seeds, Supervision, Target
 
 # Two-stage: every target is class 0, "object", of the proposals.
-ENCODER_SUPERVISION = (Supervision("hungarian", class_agnostic=True),)
+ENCODER_SUPERVISION = (Supervision("proposals", class_agnostic=True),)
 
 
 @dataclass

@@ -48,11 +48,11 @@ class OneToMany(GroupSource):
             raise ValueError(f"{num_queries} queries cannot be cut into {repeat} groups of equal size")
         self.num_queries = num_queries
         copies = {"block": num_queries // repeat} if isolated else {"repeat": repeat}
-        self.taught = Supervision("hungarian", weight=weight, **copies)
+        self.taught = Supervision("queries", weight=weight, **copies)
         self.own = own or OwnParts()
         self.proposal_embed = proposal_embed
         if proposal_embed is not None:
-            taught = Supervision("hungarian", weight=weight, repeat=repeat + 1, class_agnostic=True)
+            taught = Supervision("proposals", weight=weight, repeat=repeat + 1, class_agnostic=True)
             self.proposal_supervision = (taught,)
 
     def supervision(self, epoch: int) -> tuple[Supervision, ...]:
@@ -80,7 +80,7 @@ class HybridEpoch(OneToOne):
     def supervision(self, epoch: int) -> tuple[Supervision, ...]:
         # In evaluation always one-to-one, so that validation losses of all epochs compare.
         repeat = self.repeat if self.training and epoch < self.epochs else 1
-        return (Supervision("hungarian", repeat=repeat),)
+        return (Supervision("queries", repeat=repeat),)
 
 
 class HybridLayer(OneToOne):
@@ -96,7 +96,7 @@ class HybridLayer(OneToOne):
     def __init__(self, num_queries: int, *, repeat: int, first: int, layers: int) -> None:
         super().__init__(num_queries)
         parts = ((range(first), repeat), (range(first, layers), 1))
-        self.taught = tuple(Supervision("hungarian", layers=part, repeat=k) for part, k in parts if len(part))
+        self.taught = tuple(Supervision("queries", layers=part, repeat=k) for part, k in parts if len(part))
 
     def supervision(self, epoch: int) -> tuple[Supervision, ...]:
         return self.taught

@@ -1,4 +1,4 @@
-"""One-to-one matching: the queries of inference, taught by Hungarian matching on every layer (DETR)."""
+"""One-to-one matching: the queries of inference, matched one-to-one on every layer (DETR)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class OneToOne(GroupSource):
         self.num_queries = num_queries
 
     def supervision(self, epoch: int) -> tuple[Supervision, ...]:
-        return (Supervision("hungarian"),)
+        return (Supervision("queries"),)
 
     def forward(self, ctx: Context) -> list[QueryGroup]:
         seeds = ctx.seeds

@@ -173,14 +173,15 @@ def test_losses_of_assigners_and_of_auxiliary_heads_are_logged_and_part_of_the_t
     target = make_target([[0.5, 0.5, 0.2, 0.2]], [0])
     zero = torch.zeros(1, dtype=torch.long)
     plain = Assignment(zero, zero, zero, zero, count=1.0)
-    taught = Assignment(zero, zero, zero, zero, count=1.0, losses={"loss_soft": torch.tensor(4.0)})
+    taught = Assignment(zero, zero, zero, zero, count=1.0, losses={"loss_soft": torch.tensor([1.0, 4.0])})
     without = criterion()(one_set(logits, boxes, assign=plain, weight=0.5), [target])
     output = one_set(logits, boxes, assign=taught, weight=0.5)
     output.aux_losses["loss_dense"] = torch.tensor(3.0)
     report = criterion()(output, [target])
+    assert report.terms["loss_soft_0"].item() == 0.5 * 1
     assert report.terms["loss_soft"].item() == 0.5 * 4
     assert report.terms["loss_dense"].item() == 3
-    assert report.total.item() == pytest.approx(without.total.item() + 0.5 * 4 + 3)
+    assert report.total.item() == pytest.approx(without.total.item() + 0.5 * (1 + 4) + 3)
 
 
 def test_the_order_of_targets_changes_nothing() -> None:

@@ -260,7 +260,7 @@ def test_pairs_of_weight_0_and_of_other_layers_are_no_positives() -> None:
 def test_hungarian_pairs_are_those_of_the_criterion(monkeypatch) -> None:
     output, seen, criterion, targets = watched(ONE2MANY)
     _, chosen = attention_of_positives(output, seen, criterion, targets)
-    matcher, expected = criterion.assigners["hungarian"], {}
+    matcher, expected = criterion.assigners["queries"], {}
 
     def listen(requests):
         answers = matcher(requests)
@@ -269,7 +269,7 @@ def test_hungarian_pairs_are_those_of_the_criterion(monkeypatch) -> None:
             expected[request.name] = set(zip(pairs.image[here].tolist(), (pairs.slot[here] - start).tolist()))
         return answers
 
-    monkeypatch.setitem(criterion.assigners, "hungarian", listen)
+    monkeypatch.setitem(criterion.assigners, "queries", listen)
     criterion(output, targets)
     for name, found in chosen.items():
         assert {tuple(pair) for pair in found.nonzero().tolist()} == expected[name]

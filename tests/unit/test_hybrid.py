@@ -268,16 +268,16 @@ def test_hybrid_layer_of_no_layer_or_all_is_one_of_the_plain_forms(first: int, r
 def matched(criterion: Criterion, output: DetectorOutput, targets: list[Target]) -> list:
     """Return the assignments of the sets that are not of the encoder."""
     found = []
-    matcher = criterion.assigners["hungarian"]
+    matcher = criterion.assigners["queries"]
 
     def watch(requests):
         assignments = matcher(requests)
         found.extend(a for r, a in zip(requests, assignments) if not r.name.startswith("encoder"))
         return assignments
 
-    criterion.assigners["hungarian"] = watch
+    criterion.assigners["queries"] = watch
     criterion(output, targets)
-    criterion.assigners["hungarian"] = matcher
+    criterion.assigners["queries"] = matcher
     return found
 
 
@@ -385,7 +385,7 @@ def test_what_the_branch_does_not_share_is_trained_by_the_branch_alone(part: str
 
 def test_costs_and_losses_of_both_branches_are_evaluated_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, criterion, _ = build_model(tiny_args(f"{TWO_STAGE} {BRANCH}"))
-    matcher = criterion.assigners["hungarian"]
+    matcher = criterion.assigners["queries"]
     shapes, evaluated = [], []
     costs = matcher._costs
     monkeypatch.setattr(

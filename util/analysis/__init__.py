@@ -18,7 +18,7 @@ from util import dist
 from util.analysis.base import Subject
 from util.analysis.conflict import analyse_conflict
 from util.analysis.discriminability import analyse_discriminability
-from util.checkpoint import load_weights
+from util.checkpoint import load_criterion, load_weights
 from util.errors import UserError
 
 __all__ = ["ANALYSES", "Subject", "run_analysis"]
@@ -52,6 +52,8 @@ def run_analysis(
         raise UserError("--analyse runs in one process: start it without a launcher")
     for line in load_weights(model, content, name=args.resume).lines:
         dist.info(f"{args.resume}: {line}")
+    if not load_criterion(criterion, content, args.resume):
+        raise UserError(f"--analyse: {args.resume} holds no learned matcher, which tells the positive queries")
     others = [Path(name) for name in args.analyse_with]
     if missing := [path for path in others if not path.is_file()]:
         raise UserError(f"--analyse_with: {missing[0]} does not exist; give .json files of the same analysis")

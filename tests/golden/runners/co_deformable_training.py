@@ -107,18 +107,19 @@ def _watch(model: Detector) -> Iterator[Watched]:
 @contextmanager
 def _watch_matching(criterion: Criterion) -> Iterator[dict[str, tuple[Request, Assignment]]]:
     matched: dict[str, tuple[Request, Assignment]] = {}
-    original = criterion.assigners["hungarian"]
+    roles = dict(criterion.assigners)
+    original = roles["queries"]
 
     def watching(requests: Sequence[Request]) -> list[Assignment]:
         found = original(requests)
         matched.update({r.name: (r, a) for r, a in zip(requests, found)})
         return found
 
-    criterion.assigners["hungarian"] = watching
+    criterion.assigners.update(dict.fromkeys(roles, watching))
     try:
         yield matched
     finally:
-        criterion.assigners["hungarian"] = original
+        criterion.assigners.update(roles)
 
 
 def check_matching(matched: dict[str, tuple[Request, Assignment]], images: int, stored: Stored) -> None:

@@ -168,7 +168,7 @@ class _Mode:
     ) -> None:
         with _watch_matching(criterion) as matched:
             report = criterion(output, targets)
-        self.check_matching(matched, targets, criterion.assigners["hungarian"])
+        self.check_matching(matched, targets, criterion.assigners["queries"])
         tolerance = self.meta["tolerances"]["loss_relative"]
         assert set(report.terms) == set(self.mode["loss_keys"]), "other entries than the published log has"
         for key in self.mode["loss_keys"]:
@@ -287,15 +287,16 @@ def _watch(model: Detector):
 def _watch_matching(criterion: Criterion):
     """Collect what the matcher is asked and the pairs it finds, by set."""
     matched: dict[str, tuple[Request, Assignment]] = {}
-    original = criterion.assigners["hungarian"]
+    roles = dict(criterion.assigners)
+    original = roles["queries"]
 
     def watching(requests):
         found = original(requests)
         matched.update({r.name: (r, a) for r, a in zip(requests, found)})
         return found
 
-    criterion.assigners["hungarian"] = watching
+    criterion.assigners.update(dict.fromkeys(roles, watching))
     try:
         yield matched
     finally:
-        criterion.assigners["hungarian"] = original
+        criterion.assigners.update(roles)

@@ -1,0 +1,99 @@
+"""The probe of match-free supervision: encoded objects ask the decoder's queries ("Beyond Hungarian", GT-Probe).
+
+Exists in training only: its parameters belong to the criterion, not to the detector.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from models.position_encoding import sine_embed_boxes
+
+BoxCode = Literal["sine", "raw"]
+ProbeLogits = Literal["cosine", "dot"]
+
+# The sine code has wavelengths from the whole image down to 1/64 of it. Longer ones, as in position encodings, could
+# not tell apart neighbours a few per cent away any better than the raw numbers.
+FREQUENCIES, SHORTEST_WAVE = 64, 1 / 64
+SCALE = 10.0  # first scale of cosine logits
+
+
+class Probe(nn.Module):
+    """How much every object and every query have to do with each other, (G, M, N) logits.
+
+    Objects (class and box) and queries go through two-layer perceptrons into a common space.
+
+    Args:
+        width: D, of queries and perceptrons.
+        num_classes: rows of the class code.
+        logits: `cosine` times a learned scale, which cannot saturate; or `dot` products divided by sqrt(D).
+        scale_max: largest scale of cosine logits.
+        box_code: `sine` waves and the raw numbers, or the `raw` numbers of cxcywh.
+        key_box: a query is known by its predicted box too, not only by its embedding.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        logits: ProbeLogits = "cosine",
+        scale_max: float = 30.0,
+        box_code: BoxCode = "sine",
+        key_box: bool = True,
+    ) -> None:
+        super().__init__()
+        self.box_code, self.key_box, self.scale_max = box_code, key_box, scale_max
+        code = 4 + 8 * FREQUENCIES * (box_code == "sine")
+        # A linear layer over one-hot class and box code, in two parts: the first is a table.
+        self.target_class = nn.Embedding(num_classes, width)
+        self.target_box = nn.Linear(code, width)
+        for weight in (self.target_class.weight, self.target_box.weight):
+            nn.init.uniform_(weight, -1 / math.sqrt(num_classes + code), 1 / math.sqrt(num_classes + code))
+        self.target_out = nn.Linear(width, width)
+        self.query_in = nn.Linear(width + code * key_box, width)
+        self.query_out = nn.Linear(width, width)
+        self.project_target = nn.Linear(width, width, bias=False)
+        self.project_query = nn.Linear(width, width, bias=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE))) if logits == "cosine" else None
+
+    def forward(
+        self, embeds: Tensor, query_boxes: Tensor, labels: Tensor, boxes: Tensor, *, class_agnostic: bool = False
+    ) -> Tensor:
+        """Return the logits (G, M, N) of targets and queries, in float32.
+
+        Args:
+            embeds: (G, N, D) of the queries.
+            query_boxes: (G, N, 4) predicted cxcywh; no gradient goes there.
+            labels: (G, M) of the targets.
+            boxes: (G, M, 4) cxcywh of the targets.
+            class_agnostic: the class says nothing.
+        """
+        with torch.autocast(embeds.device.type, enabled=False):
+            classes = self.target_class(labels) * (not class_agnostic)  # times 0: the table still has a gradient
+            target = self.target_out((classes + self.target_box(self._code(boxes))).relu())
+            query = embeds.float()
+            if self.key_box:
+                query = torch.cat([query, self._code(query_boxes.detach())], -1)
+            query = self.query_out(self.query_in(query).relu())
+            target, query = self.project_target(target), self.project_query(query)
+            if self.log_scale is None:
+                return target @ query.mT / math.sqrt(target.shape[-1])
+            return self._scale() * (normalize(target, dim=-1) @ normalize(query, dim=-1).mT)
+
+    def _code(self, boxes: Tensor) -> Tensor:
+        boxes = boxes.float()
+        if self.box_code == "raw":
+            return boxes
+        return torch.cat([boxes, sine_embed_boxes(boxes, 2 * FREQUENCIES, temperature=SHORTEST_WAVE)], -1)
+
+    def _scale(self) -> Tensor:
+        if self.training:
+            with torch.no_grad():  # the parameter itself: beyond the bound it would have no gradient to come back
+                self.log_scale.clamp_(max=math.log(self.scale_max))
+        return self.log_scale.exp().clamp(max=self.scale_max)
