@@ -48,7 +48,7 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> DetectionDataset:
 def build_transforms(image_set: str, args: argparse.Namespace) -> nn.Module:
     """Return the transform of samples that the flags describe."""
     if image_set == "val":
-        return eval_transforms(test_size=args.test_size, max_size=args.max_size)
+        return eval_transforms(test_size=args.test_size, max_size=args.max_size, antialias=args.antialias)
     return train_transforms(
         augment=args.augment,
         scales=args.train_scales,
@@ -56,6 +56,7 @@ def build_transforms(image_set: str, args: argparse.Namespace) -> nn.Module:
         crop_range=tuple(args.crop_range),
         max_size=args.max_size,
         test_size=args.test_size,
+        antialias=args.antialias,
     )
 
 

@@ -51,13 +51,20 @@ def hflip(image: Image.Image, sample: dict) -> Sample:
     return _on_geometry(F.horizontal_flip, image, sample)
 
 
-def resize(image: Image.Image, sample: dict, hw: tuple[int, int]) -> Sample:
-    """Resize to exactly `hw` with PIL's antialiased bilinear filter; `area` scales by the product of both ratios."""
+def resize(image: Image.Image, sample: dict, hw: tuple[int, int], *, antialias: bool = True) -> Sample:
+    """Resize to exactly `hw`, bilinearly; `area` scales by the product of both ratios.
+
+    With `antialias` this is PIL's filter, which averages over what a pixel covers when it shrinks; without it every
+    pixel is interpolated from four neighbours only, whatever the ratio (mmdet's preprocessing, used by Co-DETR).
+    """
     old_h, old_w = image.height, image.width
     if (old_h, old_w) == tuple(hw):
         return image, sample
-    options = {"size": list(hw), "interpolation": InterpolationMode.BILINEAR, "antialias": True}
-    image, sample = _on_geometry(F.resize, image, sample, **options)
+    options = {"size": list(hw), "interpolation": InterpolationMode.BILINEAR, "antialias": antialias}
+    # torchvision ignores `antialias` for PIL images, whose filter always has it.
+    image, sample = _on_geometry(F.resize, image if antialias else F.to_image(image), sample, **options)
+    if not antialias:
+        image = F.to_pil_image(image)
     sample["area"] = sample["area"] * (hw[1] / old_w) * (hw[0] / old_h)
     return image, sample
 
@@ -102,13 +109,14 @@ def _on_geometry(operation, image: Image.Image, sample: dict, **options) -> Samp
 class RandomResize(nn.Module):
     """Resize by the family's rule to a shorter side drawn from `sizes`; one entry makes it deterministic."""
 
-    def __init__(self, sizes: Sequence[int], max_size: int | None = None) -> None:
+    def __init__(self, sizes: Sequence[int], max_size: int | None = None, *, antialias: bool = True) -> None:
         super().__init__()
-        self.sizes, self.max_size = list(sizes), max_size
+        self.sizes, self.max_size, self.antialias = list(sizes), max_size, antialias
 
     def forward(self, image: Image.Image, sample: dict) -> Sample:
         size = self.sizes[_randint(0, len(self.sizes) - 1)] if len(self.sizes) > 1 else self.sizes[0]
-        return resize(image, sample, resized_hw(image.height, image.width, size, self.max_size))
+        hw = resized_hw(image.height, image.width, size, self.max_size)
+        return resize(image, sample, hw, antialias=self.antialias)
 
 
 class RandomSizeCrop(nn.Module):
@@ -149,6 +157,7 @@ def train_transforms(
     crop_range: tuple[int, int],
     max_size: int,
     test_size: int,
+    antialias: bool = True,
 ) -> nn.Module:
     """Return the training transform.
 
@@ -160,27 +169,33 @@ def train_transforms(
         crop_range: smallest and largest side of the crop, pixels.
         max_size: largest longer side, pixels; not before the crop.
         test_size: shorter side in evaluation, pixels; 0 for no resizing.
+        antialias: average over what a pixel covers when shrinking (see `resize`).
 
     Raises:
         ValueError: an unknown `augment`.
     """
     flip = v2.RandomHorizontalFlip(0.5)
-    rescale = RandomResize(scales, max_size)
+    rescale = RandomResize(scales, max_size, antialias=antialias)
     if augment == "detr":
-        zoom = v2.Compose([RandomResize(crop_scales), RandomSizeCrop(*crop_range), RandomResize(scales, max_size)])
-        steps = [flip, v2.RandomChoice([rescale, zoom])]
+        zoom = [RandomResize(crop_scales, antialias=antialias), RandomSizeCrop(*crop_range), rescale]
+        steps = [flip, v2.RandomChoice([rescale, v2.Compose(zoom)])]
     elif augment == "resize":
         steps = [flip, rescale]
     elif augment in ("flip", "none"):
-        steps = [flip] * (augment == "flip") + [RandomResize([test_size], max_size)] * (test_size > 0)
+        fixed = RandomResize([test_size], max_size, antialias=antialias)
+        steps = [flip] * (augment == "flip") + [fixed] * (test_size > 0)
     else:
         raise ValueError(f"augment {augment!r}: use detr, resize, flip or none")
     return v2.Compose([*steps, Normalize()])
 
 
-def eval_transforms(*, test_size: int, max_size: int) -> nn.Module:
-    """Return the evaluation transform: shorter side `test_size` (0: as in the file), longer at most `max_size`."""
-    return v2.Compose([RandomResize([test_size], max_size)] * (test_size > 0) + [Normalize()])
+def eval_transforms(*, test_size: int, max_size: int, antialias: bool = True) -> nn.Module:
+    """Return the evaluation transform: shorter side `test_size` (0: as in the file), longer at most `max_size`.
+
+    `antialias` as in `resize`.
+    """
+    rescale = RandomResize([test_size], max_size, antialias=antialias)
+    return v2.Compose([rescale] * (test_size > 0) + [Normalize()])
 
 
 def _randint(low: int, high: int) -> int:

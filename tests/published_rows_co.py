@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tests.published_rows import E12, E36, HYBRID, TRICKS, Flags, Row
 
-CO: Flags = {"category_ids": "contiguous", "clip_boxes": True}
+CO: Flags = {"category_ids": "contiguous", "clip_boxes": True, "antialias": False}
 PLUS = TRICKS | CO | E12
 HEADS: dict[int, Flags] = {0: {}, 1: {"aux_heads": ["atss"]}, 2: {"aux_heads": ["atss", "faster_rcnn"]}}
 K0_12, K1_12, K0_36, K1_36 = (CO | epochs | HEADS[k] for epochs in (E12, E36) for k in (0, 1))

@@ -94,6 +94,17 @@ def test_a_run_killed_in_the_middle_of_saving_continues_exactly(uninterrupted, t
     assert_same_run(folder, uninterrupted)
 
 
+def test_a_run_with_auxiliary_heads_continues_exactly_after_an_epoch(tmp_path):
+    more = f"{MORE} --aux_heads atss faster_rcnn --roi_samples 16"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert run(whole, more) == 0
+    assert run(stopped, f"{more} --epochs 1") == 0
+    names = read_checkpoint(stopped / "checkpoint.pth")["model"]
+    assert all(any(n.startswith(f"groups.co.heads.{head}.") for n in names) for head in ("atss", "faster_rcnn"))
+    assert run(stopped, f"{more} --resume auto") == 0
+    assert_same_run(stopped, whole)
+
+
 def test_a_run_stopped_between_saving_and_evaluating_makes_up_for_the_evaluation(uninterrupted, tmp_path, monkeypatch):
     import main
 

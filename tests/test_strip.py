@@ -15,7 +15,7 @@ from tests.tiny import TWO_STAGE
 from util.checkpoint import read_checkpoint
 
 DETECTOR = f"{TWO_STAGE} --mixed_selection --num_queries_one2one 10"
-SCHEMES = "--num_queries_one2many 20 --k_one2many 2 --aux_heads atss faster_rcnn --roi_samples 8"
+SCHEMES = "--num_queries_one2many 20 --k_one2many 2 --aux_heads atss faster_rcnn --roi_samples 16"
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,16 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("this command line cannot work:\n  " + "\n  ".join(wrong))
 
 
-def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
-    """Return pairs (broken, what is wrong and the way out)."""
-    levels = a.num_feature_levels
+Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
+
+
+def _rules(a: argparse.Namespace) -> Rules:
+    parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules)
+    return [rule for part in parts for rule in part(a)]
+
+
+def _bounds(a: argparse.Namespace) -> Rules:
+    """Return the same for numbers that have a smallest value."""
     positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
     positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
     positive += "save_every eval_every max_nonfinite print_freq".split()
@@ -42,7 +49,12 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     rules += [(getattr(a, n) < 0, f"--{n} {getattr(a, n)}: must be 0 or more") for n in not_negative]
     for n in ("train_scales", "crop_scales", "crop_range"):
         rules.append((min(getattr(a, n)) < 1, f"--{n} {getattr(a, n)}: sides must be at least 1 pixel"))
-    rules += [
+    return rules
+
+
+def _model_rules(a: argparse.Namespace) -> Rules:
+    levels = a.num_feature_levels
+    return [
         (
             a.two_stage and not a.with_box_refine,
             "--two_stage needs --with_box_refine: add it (proposals are 4-D boxes)",
@@ -62,6 +74,12 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
             a.set_cost_class == a.set_cost_bbox == a.set_cost_giou == 0,
             "--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: give at least one a weight",
         ),
+    ]
+
+
+def _run_rules(a: argparse.Namespace) -> Rules:
+    """Return the same for what is done with which checkpoint."""
+    return [
         (a.eval and not a.resume, "--eval needs --resume CHECKPOINT: without it untrained weights would be evaluated"),
         (
             bool(a.strip) and bool(a.eval or a.analyse or a.resume),
@@ -82,6 +100,12 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         ),
         (a.resume == "auto" and not a.output_dir, "--resume auto looks into --output_dir: give one"),
         (a.init_class_rows and not a.init_from, "--init_class_rows needs --init_from CHECKPOINT"),
+    ]
+
+
+def _data_rules(a: argparse.Namespace) -> Rules:
+    """Return the same for data, training and evaluation."""
+    return [
         (bool(a.train_images) != bool(a.train_json), "--train_images and --train_json belong together: give both"),
         (bool(a.val_images) != bool(a.val_json), "--val_images and --val_json belong together: give both"),
         (
@@ -95,20 +119,37 @@ def _rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
-        (
-            bool(a.aux_heads) and a.dilation and levels > 1,
-            "--aux_heads know the strides of --dilation only with --num_feature_levels 1: leave out one of the two",
-        ),
-        (bool(a.eval_head) and not a.aux_heads, f"--eval_head {a.eval_head}: needs --aux_heads {a.eval_head}"),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
         (not 0 <= a.soft_nms_iou <= 1, f"--soft_nms_iou {a.soft_nms_iou}: an IoU, 0 (no soft-NMS) to 1"),
         (a.nms_iou > 0 and a.soft_nms_iou > 0, "--nms_iou and --soft_nms_iou: give one of them"),
         (a.num_classes is not None and a.num_classes < 1, f"--num_classes {a.num_classes}: must be at least 1"),
     ]
-    return rules + _hybrid_rules(a) + _matcher_rules(a)
 
 
-def _hybrid_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
+def _head_rules(a: argparse.Namespace) -> Rules:
+    """Return the same for auxiliary heads."""
+    return [
+        (
+            bool(a.aux_heads) and a.dilation and a.num_feature_levels > 1,
+            "--aux_heads know the strides of --dilation only with --num_feature_levels 1: leave out one of the two",
+        ),
+        (
+            a.lambda1 > 0 and "faster_rcnn" in a.aux_heads and a.roi_samples < 9,
+            f"--roi_samples {a.roi_samples}: faster_rcnn makes 9 queries or more of its regions; give at least 9",
+        ),
+        (
+            bool(a.aux_heads) and a.lambda1 == a.lambda2 == 0,
+            "--lambda1 0 --lambda2 0: the auxiliary heads teach nothing; leave out --aux_heads",
+        ),
+        (
+            bool(a.eval_head) and a.nms_iou + a.soft_nms_iou > 0,
+            "--eval_head: auxiliary heads have NMS of their own; leave out --nms_iou and --soft_nms_iou",
+        ),
+        (bool(a.eval_head) and not a.aux_heads, f"--eval_head {a.eval_head}: needs --aux_heads {a.eval_head}"),
+    ]
+
+
+def _hybrid_rules(a: argparse.Namespace) -> Rules:
     """Return the same for the flags of hybrid matching."""
     queries, repeats = a.num_queries_one2many, a.k_one2many
     branch = queries > 0 and repeats > 0
@@ -144,7 +185,7 @@ def _hybrid_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     ]
 
 
-def _matcher_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
+def _matcher_rules(a: argparse.Namespace) -> Rules:
     """Return the same for the flags of matchers; None is a flag that was not given."""
     learned = a.matcher.startswith("soft") or a.enc_matcher == "soft"
     greedy = learned or "cost-greedy" in (a.matcher, a.enc_matcher)

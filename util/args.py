@@ -130,6 +130,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--crop_range", nargs=2, type=int, default=[384, 600], help="smallest and largest crop side")
     group.add_argument("--test_size", default=800, type=int, help="shorter side in evaluation, pixels; 0: no resizing")
     group.add_argument("--max_size", default=1333, type=int, help="largest longer side, pixels")
+    group.add_argument(
+        "--antialias",
+        action=SWITCH,
+        default=True,
+        help="shrink images with PIL's antialiased filter (DETR); --no-antialias: plain bilinear (Co-DETR)",
+    )
     group.add_argument("--eval_batch_size", default=1, type=int, help="images per process in evaluation")
     group.add_argument(
         "--eval_in_training_set", action=SWITCH, default=False, help="evaluate on the training images (H-DETR)"

@@ -244,7 +244,7 @@ def init_from(
         return report, []
     theirs = stored_class_names(content) or _published_names(state)
     if theirs is None:
-        raise UserError(f"--init_class_rows: {path} does not say its class names and does not have COCO's 91 classes")
+        raise UserError(f"--init_class_rows: {path} does not say its class names, nor has it 91 or 80 as COCO's files")
     heads = {name: value for name, value in state.items() if _is_class_head(name)}
     report = load_weights(model, {n: v for n, v in state.items() if n not in heads}, strict=False)
     own = model.state_dict()
@@ -260,10 +260,12 @@ def _is_class_head(name: str) -> bool:
 
 
 def _published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
-    """Return the names behind the 91 rows of published COCO files."""
+    """Return the names behind the 91 rows of published COCO files, or the 80 in the order of their ids."""
     from datasets.coco_names import COCO_NAMES
 
     rows = state["class_embed.0.weight"].shape[0] if "class_embed.0.weight" in state else 0
+    if rows == len(COCO_NAMES):
+        return [name for _, name in sorted(COCO_NAMES.items())]
     return [COCO_NAMES.get(i, "N/A") for i in range(91)] if rows == 91 else None
 
 

@@ -89,7 +89,7 @@ def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if re.fullmatch(r"input_proj\.\d+\.0\.weight", own):
             result[own.removesuffix("weight") + "bias"] = torch.zeros(len(value), dtype=value.dtype)
     _add_second_names(result)
-    _drop_unused_heads(result)
+    _name_queries(result)
     return result
 
 
@@ -141,14 +141,17 @@ def _add_second_names(state: dict[str, Tensor]) -> None:
         state.update({f"transformer.decoder.{n}": v for n, v in list(state.items()) if n.startswith(shared)})
 
 
-def _drop_unused_heads(state: dict[str, Tensor]) -> None:
-    """Keep the query parameters of the heads that the file has: its tables always have two rows or more."""
-    heads = {".".join(name.split(".")[:4]) for name in state if name.startswith(_CO + "heads.")}
-    if not heads:
-        return
-    for name in [n for n in state if n.startswith(_QUERIES)]:
-        per_head = re.fullmatch(rf"{re.escape(_QUERIES)}(?:{_PER_HEAD})\.(\d+)\.\w+", name)
-        if per_head and int(per_head[1]) >= len(heads):
-            del state[name]
-        elif name == _QUERIES + "head_pos_embed.weight" and len(state[name]) > len(heads):
-            state[name] = state[name][: len(heads)].clone()
+def _name_queries(state: dict[str, Tensor]) -> None:
+    """Name the query parameters by head, as ours: the file numbers them, two-stage heads first.
+
+    Its tables always have two rows or more; those without a head are dropped.
+    """
+    found = {name.split(".")[3] for name in state if name.startswith(_CO + "heads.")}
+    heads = [name for name in ("faster_rcnn", "atss") if name in found]
+    for name in [n for n in state if heads and n.startswith(_QUERIES)]:
+        value = state.pop(name)
+        per_head = re.fullmatch(rf"{re.escape(_QUERIES)}({_PER_HEAD})\.(\d+)\.(\w+)", name)
+        if per_head is None:  # the table of embeddings
+            state.update({f"{_QUERIES}head_pos_embed.{head}": row.clone() for head, row in zip(heads, value)})
+        elif int(per_head[2]) < len(heads):
+            state[f"{_QUERIES}{per_head[1]}.{heads[int(per_head[2])]}.{per_head[3]}"] = value

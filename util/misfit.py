@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 SHOWN_GROUPS = 12
+HEAD = r"groups\.co\.heads\.(\w+)"
 SWIN_STEM = "backbone.0.body.patch_embed.proj.weight"
 SWIN_TABLE = "backbone.0.body.layers.0.blocks.0.attn.relative_position_bias_table"
 
@@ -62,8 +63,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
     def rows(name: str, axis: int = 0) -> int | None:
         return state[name].shape[axis] if name in state and state[name].ndim > axis else None
 
-    def count(pattern: str) -> int:
-        return len({m.group(1) for m in (re.match(pattern, name) for name in state) if m})
+    def count(pattern: str, group: int = 1) -> int:
+        return len({m.group(group) for m in (re.match(pattern, name) for name in state) if m})
 
     flags["two_stage"] = "transformer.enc_output.weight" in state
     flags["with_box_refine"] = any(n.startswith("transformer.decoder.bbox_embed.") for n in state)
@@ -78,6 +79,10 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
     flags["position_embedding"] = "learned" if "backbone.1.row_embed.weight" in state else "sine"
     flags["queries"] = rows("query_embed.weight")
     flags["samples"] = rows("transformer.encoder.layers.0.self_attn.attention_weights.weight")
+    heads = sorted({m[1] for m in (re.match(HEAD + r"\.", n) for n in state) if m})
+    flags["aux_heads"] = " ".join(re.sub(r"\d+$", "", name) for name in heads)  # atss2 is a second atss
+    flags["aux_queries"] = any(name.startswith("groups.co.queries.") for name in state)
+    flags["aux_convs"] = count(HEAD + r"\.cls_convs\.(\d+)\.", 2)
     return flags
 
 
@@ -117,6 +122,9 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
         mine = ours[flag]
         if value == mine or value is None:
             continue
+        if flag.startswith("aux_"):
+            lines += _advise_heads(flag, value, theirs, ours)
+            continue
         if isinstance(value, bool):
             lines.append(f"add --{flag}" if value else f"leave --{flag} out (after a preset: --no-{flag})")
         elif flag == "queries":
@@ -139,3 +147,15 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
         else:
             lines.append(f"use --{flag} {value} (now {mine})")
     return ["try: " + line for line in lines]
+
+
+def _advise_heads(flag: str, value: object, theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:
+    """Return the advice about auxiliary heads; a model without any takes every file."""
+    if not ours["aux_heads"]:
+        return []
+    if not theirs["aux_heads"]:
+        what = "the file has no auxiliary heads (stripped, or trained without): leave out --aux_heads and --eval_head"
+        return [f"{what}, or take the file of the training"] if flag == "aux_heads" else []
+    if flag == "aux_queries":
+        return ["leave out --lambda1 0: the file has queries of auxiliary heads" if value else "add --lambda1 0"]
+    return [f"use --{flag} {value} (now {ours[flag]})"]

@@ -230,7 +230,11 @@ def add_auxiliary(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--aux_convs", default=1, type=int, help="convolutions in each tower of a dense head")
     group.add_argument("--roi_samples", default=512, type=int, help="regions of an image that faster_rcnn learns from")
-    group.add_argument("--eval_head", default="", help="evaluate this auxiliary head alone in place of the decoder")
+    group.add_argument(
+        "--eval_head",
+        default="",
+        help="evaluate this auxiliary head alone in place of the decoder; it keeps 100 detections at most",
+    )
 
 
 def add_losses(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,8 @@ KEPT = ("format", "epoch", "args", "best", "category_ids")
 def strip_file(source: str, *, averaged: bool = False) -> Path:
     """Write `NAME_inference.pth` beside the checkpoint NAME.pth and say what was left out.
 
-    The new file gives the same detections, with the flags of the training or without those of its schemes.
+    With `main.py --eval` the new file gives the same detections, with the flags of the training or without those of its
+    schemes.
 
     Args:
         source: path or https address (then the file goes into the working folder) of our or a published checkpoint.

@@ -23,7 +23,8 @@ FORMAT = 1  # of our files; published ones have none
 TOLD = (
     "lr", "lr_backbone", "lr_linear_proj_mult", "lr_drop", "lr_drop_epochs", "warmup_steps", "weight_decay", "epochs",
     "batch_size", "grad_accum_steps", "lr_scale", "clip_max_norm", "amp", "use_ema", "ema_decay", "dropout", "augment",
-    "train_scales", "max_size", "seed", "matcher", "enc_matcher",
+    "train_scales", "max_size", "seed", "lambda_one2many", "lambda1", "lambda2", "max_pos_coords", "aux_fill",
+    "roi_samples", "matcher", "enc_matcher",
 )
 # fmt: on
 
@@ -96,7 +97,7 @@ class TrainState:
                 write_atomically(content, path)
 
     def save_weights(self, path: Path) -> None:
-        """Write the better weights of the last evaluation, without what only training needs."""
+        """Write the better weights of the last evaluation, without optimiser and other state of the training."""
         averaged = self.best is not None and self.best["weights"] == "ema"
         content = {
             "format": FORMAT,
@@ -161,9 +162,9 @@ class TrainState:
         if ours != theirs or sizes[0] != sizes[1]:
             raise UserError(
                 f"the optimiser in {name} does not fit: {theirs[0]} with groups of {sizes[1]} parameters in the file, "
-                f"{ours[0]} with {sizes[0]} here. Use the same --matcher, --sgd, --freeze, --lr_backbone, "
-                "--lr_backbone_names and --lr_linear_proj_names as in training, or start anew from the weights with "
-                "--init_from"
+                f"{ours[0]} with {sizes[0]} here. Use the same --aux_heads, --lambda1, --one2many_own, --matcher, "
+                "--sgd, --freeze, --lr_backbone, --lr_backbone_names and --lr_linear_proj_names as in training, or "
+                "start anew from the weights with --init_from"
             )
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         self.optimizer.load_state_dict(saved)

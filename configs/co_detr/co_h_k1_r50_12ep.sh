@@ -4,4 +4,4 @@
 # K = 0 is h_detr/hybrid_r50_12ep.sh, in this list with AP 48.4.
 # Total batch 16: 8 processes x 2.
 exec sh "$(dirname "$0")/../h_detr/hybrid_r50_12ep.sh" --output_dir exps/co_detr/co_h_k1_r50_12ep \
-    --category_ids contiguous --clip_boxes --aux_heads atss "$@"
+    --category_ids contiguous --clip_boxes --no-antialias --aux_heads atss "$@"

@@ -1,4 +1,4 @@
-"""Auxiliary heads of Co-DETR: *adding a head is adding a file here* and a line to `HEADS`."""
+"""Auxiliary heads of Co-DETR: *adding a head is adding a file here*, a line to `HEADS`, its name to `--aux_heads`."""
 
 from __future__ import annotations
 

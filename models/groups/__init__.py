@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Sequence
 
 from models.aux_heads import build_aux_heads
 from models.aux_heads.adapter import SingleScaleAdapter
@@ -67,7 +68,7 @@ def _collaborative(args: Namespace) -> GroupSource | None:
         raise UserError(f"--eval_head {args.eval_head}: these flags make the heads {', '.join(heads)}")
     return Collaborative(
         heads,
-        _positive_queries(args, len(heads)),
+        _positive_queries(args, list(heads)),
         width=args.hidden_dim,
         strides=strides,
         loss_scale=args.dec_layers * args.lambda2,
@@ -76,7 +77,7 @@ def _collaborative(args: Namespace) -> GroupSource | None:
     )
 
 
-def _positive_queries(args: Namespace, heads: int) -> PositiveQueries | None:
+def _positive_queries(args: Namespace, heads: Sequence[str]) -> PositiveQueries | None:
     if args.lambda1 == 0:
         return None
     return PositiveQueries(
@@ -107,8 +108,11 @@ def build_groups(args: Namespace) -> list[GroupSource]:
     """
     built = [build(args) for build in BUILDERS]
     sources = [source for source in built if source is not None]
-    names = [source.name for source in sources]
-    if args.eval_group not in names:
-        raise UserError(f"--eval_group {args.eval_group}: these flags make the groups {', '.join(names)}")
-    sources[names.index(args.eval_group)].training_only = False
+    groups = {source.name: source for source in sources if source.num_queries}
+    if args.eval_group not in groups:
+        raise UserError(
+            f"--eval_group {args.eval_group}: these flags make the groups {', '.join(groups)}; auxiliary heads are "
+            "evaluated with --eval_head NAME"
+        )
+    groups[args.eval_group].training_only = False
     return [source for source in sources if not (args.eval and source.training_only)]

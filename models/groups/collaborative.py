@@ -22,7 +22,7 @@ class Collaborative(GroupSource):
     on every layer. None of it exists in inference, unless a head is evaluated.
 
     Args:
-        heads: by name, in the order of their index in `queries`.
+        heads: by name.
         queries: makes decoder queries of the samples of a head; None: the heads teach the encoder only.
         width: channels of the encoder's maps.
         strides: of the heads' pyramid, in pixels, finest first.
@@ -74,7 +74,7 @@ class Collaborative(GroupSource):
             ctx.output.aux_logs.update((f"{key}_{name}", value) for key, value in output.logs.items())
         if self.queries is None:
             return []
-        return self.queries([(f"co_{name}", output.samples) for name, output in outputs.items()], pyramid.sizes)
+        return self.queries({name: output.samples for name, output in outputs.items()}, pyramid.sizes)
 
     def pyramid(self, ctx: Context) -> Pyramid:
         """Return the encoder's maps and one more level (section 3.2, multi-scale adapter)."""

@@ -6,7 +6,7 @@ The number of queries depends on the data: one wait for the device tells it for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from models.position_encoding import sine_embed_boxes
 from util.structures import Assignment, QueryGroup, Supervision
 
 Fill = Literal["negatives", "masked"]
+PUBLISHED_ROWS = 2  # of the table of head embeddings, also with one head
 BORDER = 1e-5  # the embedding, unlike the reference, sees coordinates this far from 0 and 1
 
 
@@ -146,68 +147,60 @@ def pairs(chosen: Chosen, layers: int) -> Assignment:
 
 
 class PositiveQueries(nn.Module):
-    """Makes the decoder queries of all auxiliary heads, each with its own parameters under their published names.
-
-    Heads count in the published order: RoI heads first, then dense ones. A lone head has index 0.
+    """Makes the decoder queries of all auxiliary heads, each with its own parameters, called by the head's name.
 
     Args:
         width: D.
-        heads: number of auxiliary heads, K.
+        heads: names of the auxiliary heads.
         layers: number of decoder layers.
         weight: lambda1, of the losses of these queries.
         limit, least, fill: see `choose_all`.
-        rows: of the table of head embeddings, at least K; None = K. Published files of one head have two.
         full_embed: each head has D numbers that are added to the position of its queries; False: a single number, as
             in the published code.
-
-    Raises:
-        ValueError: fewer rows than heads.
     """
 
     def __init__(
         self,
         width: int,
         *,
-        heads: int,
+        heads: Sequence[str],
         layers: int,
         weight: float = 1.0,
         limit: int = 300,
         least: int = 9,
         fill: Fill = "negatives",
-        rows: int | None = None,
         full_embed: bool = False,
     ) -> None:
         super().__init__()
-        rows = heads if rows is None else rows
-        if rows < heads:
-            raise ValueError(f"{heads} auxiliary heads need as many rows of head embeddings, got rows={rows}")
         self.width, self.layers, self.weight = width, layers, weight
         self.limit, self.least, self.fill = limit, least, fill
-        self.aux_pos_trans = nn.ModuleList(nn.Linear(2 * width, 2 * width) for _ in range(heads))
-        self.aux_pos_trans_norm = nn.ModuleList(nn.LayerNorm(2 * width) for _ in range(heads))
-        self.pos_feats_trans = nn.ModuleList(nn.Linear(width, width) for _ in range(heads))
-        self.pos_feats_norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(heads))
-        self.head_pos_embed = nn.Embedding(rows, width if full_embed else 1)
-        for module in (*self.aux_pos_trans, *self.pos_feats_trans, self.head_pos_embed):
+        self.aux_pos_trans = nn.ModuleDict({name: nn.Linear(2 * width, 2 * width) for name in heads})
+        self.aux_pos_trans_norm = nn.ModuleDict({name: nn.LayerNorm(2 * width) for name in heads})
+        self.pos_feats_trans = nn.ModuleDict({name: nn.Linear(width, width) for name in heads})
+        self.pos_feats_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in heads})
+        for module in (*self.aux_pos_trans.values(), *self.pos_feats_trans.values()):
             nn.init.xavier_uniform_(module.weight)  # biases keep PyTorch's default, as published
+        numbers = width if full_embed else 1
+        table = torch.empty(max(len(heads), PUBLISHED_ROWS), numbers)  # its rows decide how large the values are
+        nn.init.xavier_uniform_(table)
+        self.head_pos_embed = nn.ParameterDict({name: row.clone() for name, row in zip(heads, table)})
 
-    def forward(self, samples: Sequence[tuple[str, Samples]], sizes: Sequence[tuple[int, int]]) -> list[QueryGroup]:
-        """Return one group for each head, to be decoded on its own.
+    def forward(self, samples: Mapping[str, Samples], sizes: Sequence[tuple[int, int]]) -> list[QueryGroup]:
+        """Return one group `co_HEAD` for each head, to be decoded on its own.
 
         Args:
-            samples: name of the group (`co_atss`, `co_faster_rcnn`, ...) and boxes of each head, in the order of the
-                heads.
+            samples: boxes of each head by its name.
             sizes: (h, w) of each image in pixels.
         """
-        chosen = choose_all([own for _, own in samples], limit=self.limit, least=self.least, fill=self.fill)
+        chosen = choose_all(list(samples.values()), limit=self.limit, least=self.least, fill=self.fill)
         groups = []
-        for head, ((name, _), own) in enumerate(zip(samples, chosen)):
+        for head, own in zip(samples, chosen):
             content, pos, reference = self.embed(head, own, sizes)
             taught = (Supervision(pairs(own, self.layers), weight=self.weight),)
-            groups.append(QueryGroup(name, content, reference, pos, taught, padding=own.padding))
+            groups.append(QueryGroup(f"co_{head}", content, reference, pos, taught, padding=own.padding))
         return groups
 
-    def embed(self, head: int, chosen: Chosen, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, head: str, chosen: Chosen, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return content (B, n, D), position (B, n, D) and reference (B, n, 4) of the queries of the head `head`.
 
         The reference is cxcywh relative to the image and not clamped: boxes may reach beyond its border.
@@ -218,4 +211,4 @@ class PositiveQueries(nn.Module):
         embedded = sine_embed_boxes(reference.clamp(BORDER, 1 - BORDER), self.width // 2)
         pos, content = self.aux_pos_trans_norm[head](self.aux_pos_trans[head](embedded)).split(self.width, dim=-1)
         content = content + self.pos_feats_norm[head](self.pos_feats_trans[head](chosen.features))
-        return content, pos + self.head_pos_embed.weight[head], reference
+        return content, pos + self.head_pos_embed[head], reference

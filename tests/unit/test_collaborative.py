@@ -9,6 +9,7 @@ from models import build_detector, build_model
 from models.aux_heads import HEADS
 from models.aux_heads.adapter import SingleScaleAdapter
 from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
+from util.checkpoint import load_weights
 from util.errors import UserError
 
 SIZES = [(128, 128), (96, 114)]
@@ -143,9 +144,37 @@ def test_training_without_targets_says_what_is_missing() -> None:
         ("--eval_head atss", "--eval_head atss: needs --aux_heads atss"),
         ("--aux_heads atss atss --eval_head fcos", "these flags make the heads atss, atss2"),
         ("--aux_heads atss --max_pos_coords 0", "at least 1"),
+        ("--aux_heads faster_rcnn --roi_samples 8", "give at least 9"),
+        ("--aux_heads atss --lambda1 0 --lambda2 0", "teach nothing"),
+        ("--aux_heads atss --eval_head atss --nms_iou 0.5", "NMS of their own"),
+        ("--aux_heads atss --eval_group co", "evaluated with --eval_head NAME"),
         ("--aux_heads atss --lambda1 -1", "0 or more"),
     ],
 )
 def test_impossible_flags_are_refused_with_the_way_out(flags: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_model(tiny_args(flags))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "advice"),
+    [
+        ("", "--aux_heads atss", "the file has no auxiliary heads .* leave out --aux_heads"),
+        ("--aux_heads faster_rcnn atss", "--aux_heads atss", "use --aux_heads atss faster_rcnn"),
+        ("--aux_heads atss", "--aux_heads atss --lambda1 0", "leave out --lambda1 0"),
+        ("--aux_heads atss --lambda1 0", "--aux_heads atss", "add --lambda1 0"),
+        ("--aux_heads atss --aux_convs 2", "--aux_heads atss", "use --aux_convs 2"),
+    ],
+)
+def test_a_file_with_other_heads_is_refused_with_the_flags_to_change(theirs: str, ours: str, advice: str) -> None:
+    file, model = (build_detector(tiny_args(flags)) for flags in (theirs, ours))
+    with pytest.raises(UserError, match=f"try: .*{advice}"):
+        load_weights(model, file.state_dict())
+
+
+def test_a_head_finds_its_queries_in_a_file_of_more_heads() -> None:
+    file = build_detector(tiny_args("--aux_heads faster_rcnn atss"))
+    model = build_detector(tiny_args("--aux_heads atss"))
+    load_weights(model, file.state_dict(), strict=False)
+    for name, value in model.groups["co"].queries.state_dict().items():
+        assert torch.equal(value, file.groups["co"].queries.state_dict()[name]), name

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from models import build_model
 from models.backbones.swin import SWINS, SwinTransformer
-from tests.conftest import CASES, ROOT
+from tests.conftest import CASES
 from tests.mmdet_file import CLASSES, ENCODER_LAYERS, mmdet_file, mmdet_state
 from tests.tiny import tiny_args
 from util.checkpoint import compare_classes, init_from, load_weights, read_checkpoint, write_atomically
@@ -30,11 +30,8 @@ def tiny_model(flags: str = "") -> torch.nn.Module:
 
 
 def golden(name: str) -> dict:
-    """Return the description of a golden case; the test is skipped where there is none."""
-    for folder in (CASES, ROOT.parent / "shared" / "golden"):
-        if (folder / f"{name}.json").is_file():
-            return json.loads((folder / f"{name}.json").read_text())
-    pytest.skip(f"no golden case {name}")
+    """Return the description of a golden case."""
+    return json.loads((CASES / f"{name}.json").read_text())
 
 
 def published_names(name: str) -> dict[str, Tensor]:
@@ -50,12 +47,14 @@ def test_every_name_of_a_published_model_becomes_one_of_ours(name):
     state = published_names(name)
     converted = from_mmdet(state)
     assert not [n for n in converted if n.startswith(BEGINNINGS)]
+    table = state.pop("query_head.transformer.head_pos_embed.weight")  # cut into its rows
+    rows = {f"groups.co.queries.head_pos_embed.{head}" for head in ("faster_rcnn", "atss")[: len(table)]}
     for official, value in state.items():
         here = [n for n, v in converted.items() if v is value]
         second = [n for n in here if n.startswith("transformer.decoder.") and "_embed." in n]
         assert len(here) - len(second) == 1, f"{official} became {here}"
     added = {n for n, v in converted.items() if not any(v is value for value in state.values())}
-    assert added == {f"input_proj.{level}.0.bias" for level in range(4)}
+    assert added == {f"input_proj.{level}.0.bias" for level in range(4)} | rows
 
 
 def test_the_names_are_those_of_the_model_and_of_the_auxiliary_parts():
@@ -72,11 +71,12 @@ def test_the_names_are_those_of_the_model_and_of_the_auxiliary_parts():
     }
     assert {n for n in co if not n.startswith("heads.")} == {
         *(f"downsample.{i}.{part}" for i in range(2) for part in ("weight", "bias")),
-        "queries.head_pos_embed.weight",
+        "queries.head_pos_embed.faster_rcnn",
+        "queries.head_pos_embed.atss",
         *(
-            f"queries.{table}.{i}.{part}"
+            f"queries.{table}.{head}.{part}"
             for table in ("aux_pos_trans", "aux_pos_trans_norm", "pos_feats_trans", "pos_feats_norm")
-            for i in range(2)
+            for head in ("faster_rcnn", "atss")
             for part in ("weight", "bias")
         ),
     }
@@ -91,7 +91,7 @@ def test_parts_of_the_heads_keep_their_values():
         "bbox_head.0.cls_convs.0.gn.bias": "groups.co.heads.atss.cls_convs.0.gn.bias",
         "bbox_head.0.scales.4.scale": "groups.co.heads.atss.scales.4.scale",
         "query_head.downsample.0.weight": "groups.co.downsample.0.weight",
-        "query_head.transformer.pos_feats_trans.1.bias": "groups.co.queries.pos_feats_trans.1.bias",
+        "query_head.transformer.pos_feats_trans.1.bias": "groups.co.queries.pos_feats_trans.atss.bias",
     }
     for official, own in pairs.items():
         assert converted[own] is state[official]
@@ -168,10 +168,11 @@ def test_a_file_of_one_auxiliary_head_loses_the_unused_second_row(head):
     state = mmdet_state(heads=[head])
     assert len(state["query_head.transformer.head_pos_embed.weight"]) == 2
     converted = from_mmdet(state)
-    rows = state["query_head.transformer.head_pos_embed.weight"][:1]
-    assert torch.equal(converted["groups.co.queries.head_pos_embed.weight"], rows)
-    assert "groups.co.queries.aux_pos_trans.0.weight" in converted
-    assert not [n for n in converted if n.startswith("groups.co.queries.") and ".1." in n]
+    first = state["query_head.transformer.head_pos_embed.weight"][0]
+    assert torch.equal(converted[f"groups.co.queries.head_pos_embed.{head}"], first)
+    official = state["query_head.transformer.aux_pos_trans.0.weight"]
+    assert converted[f"groups.co.queries.aux_pos_trans.{head}.weight"] is official
+    assert {n.split(".")[4] for n in converted if n.startswith("groups.co.queries.")} == {head}
     assert {n.split(".")[3] for n in converted if n.startswith("groups.co.heads.")} == {head}
 
 

@@ -20,6 +20,7 @@ from models.losses import box_regression, focal_classification
 from models.position_encoding import sine_embed_boxes
 from util.structures import DetectorOutput, Predictions, SupervisedSet, Supervision, Target
 
+AB = ("a", "b")  # names of two heads
 KINDS = {"p": (True, False), "n": (False, True), "-": (False, False)}  # of a box: positive, negative, neither
 SIZES = [(100, 200), (100, 200)]
 
@@ -129,8 +130,8 @@ class DataDependent(TorchDispatchMode):
 
 
 def test_the_host_asks_the_device_once_for_all_heads_of_a_step() -> None:
-    heads = [("co_a", head_samples(6 * "p" + 9 * "n", 15 * "n", width=8)), ("co_b", head_samples("-", "-", width=8))]
-    queries = PositiveQueries(8, heads=2, layers=2)
+    heads = {"a": head_samples(6 * "p" + 9 * "n", 15 * "n", width=8), "b": head_samples("-", "-", width=8)}
+    queries = PositiveQueries(8, heads=AB, layers=2)
     with HostReads() as reads, DataDependent() as dependent:
         queries(heads, SIZES)
     assert reads.found == ["tolist"]
@@ -159,7 +160,7 @@ def test_every_positive_is_paired_with_its_object_on_every_layer() -> None:
 
 def report(queries: PositiveQueries, samples: Samples, targets: list[Target], *, classes: int = 3, **criterion):
     """Return logits, boxes and losses of made-up predictions, and the group."""
-    (group,) = queries([("co_head", samples)], [(100, 200)] * len(targets))
+    (group,) = queries({"head": samples}, [(100, 200)] * len(targets))
     torch.manual_seed(3)
     logits = torch.randn(queries.layers, len(targets), len(group), classes, requires_grad=True)
     boxes = (0.2 + 0.6 * torch.rand(queries.layers, len(targets), len(group), 4)).requires_grad_()
@@ -175,7 +176,7 @@ def report(queries: PositiveQueries, samples: Samples, targets: list[Target], *,
 
 
 def test_positives_learn_their_objects_and_all_other_queries_background() -> None:
-    queries = PositiveQueries(8, heads=1, layers=2, weight=3.0, least=3)
+    queries = PositiveQueries(8, heads=["head"], layers=2, weight=3.0, least=3)
     logits, boxes, found, _ = report(queries, head_samples("pnpn", "nnnn", width=8), objects(2, 0))
     for layer, suffix in ((0, "_0_co_head"), (1, "_co_head")):
         target = torch.zeros_like(logits[layer])
@@ -187,14 +188,14 @@ def test_positives_learn_their_objects_and_all_other_queries_background() -> Non
 
 
 def test_only_the_last_layer_is_taught_without_auxiliary_losses() -> None:
-    queries = PositiveQueries(8, heads=1, layers=2, least=3)
+    queries = PositiveQueries(8, heads=["head"], layers=2, least=3)
     logits, _, found, _ = report(queries, head_samples("pnpn", width=8), objects(2), aux_loss=False)
     found.total.backward()
     assert logits.grad[0].abs().max() == 0 < logits.grad[1].abs().min()
 
 
 def test_images_without_any_object_are_background() -> None:
-    queries = PositiveQueries(8, heads=1, layers=1)
+    queries = PositiveQueries(8, heads=["head"], layers=1)
     logits, _, found, group = report(queries, head_samples(9 * "n", 9 * "n", width=8), objects(0, 0))
     focal = sigmoid_focal_loss(logits, torch.zeros_like(logits), alpha=0.25, gamma=2.0, reduction="sum")
     torch.testing.assert_close(found.terms["loss_ce_co_head"], focal.detach())
@@ -208,7 +209,7 @@ def test_nothing_is_learned_where_an_image_has_too_few_negatives(images, shared_
     samples = head_samples(*images, width=8)
     if shared_rows:
         samples.feature_of = torch.arange(len(images[0]))
-    queries = PositiveQueries(8, heads=1, layers=2)
+    queries = PositiveQueries(8, heads=["head"], layers=2)
     logits, boxes, found, group = report(queries, samples, objects(2, 1))
     assert group.content.shape == (2, 9, 8)
     assert found.total == 0
@@ -223,7 +224,7 @@ def test_enough_negatives_are_just_enough() -> None:
 
 
 def test_masked_slots_are_empty_and_count_nothing() -> None:
-    queries = PositiveQueries(8, heads=1, layers=1, least=3, fill="masked")
+    queries = PositiveQueries(8, heads=["head"], layers=1, least=3, fill="masked")
     samples = head_samples("npp-", "----", width=8)
     logits, _, found, group = report(queries, samples, objects(2, 0))
     assert group.padding.tolist() == [[False, False, True], [True, True, True]]
@@ -239,15 +240,15 @@ def test_masked_slots_are_empty_and_count_nothing() -> None:
 
 def test_content_and_position_follow_the_published_formula() -> None:
     torch.manual_seed(0)
-    queries = PositiveQueries(8, heads=2, layers=1)
+    queries = PositiveQueries(8, heads=AB, layers=1)
     chosen = choose(head_samples("np", "pn", width=8), least=1)
-    content, pos, reference = queries.embed(1, chosen, [(100, 200), (50, 40)])
+    content, pos, reference = queries.embed("b", chosen, [(100, 200), (50, 40)])
     torch.testing.assert_close(reference[0, 0], torch.tensor([6 / 200, 11 / 100, 10 / 200, 20 / 100]))
     torch.testing.assert_close(reference[1, 0], torch.tensor([5 / 40, 10 / 50, 10 / 40, 20 / 50]))
-    linear, feature_linear = queries.aux_pos_trans[1], queries.pos_feats_trans[1]
+    linear, feature_linear = queries.aux_pos_trans["b"], queries.pos_feats_trans["b"]
     embedded = functional.layer_norm(linear(sine_embed_boxes(reference, 4)), (16,))
     features = functional.layer_norm(feature_linear(chosen.features), (8,))
-    torch.testing.assert_close(pos, embedded[..., :8] + queries.head_pos_embed.weight[1, 0])
+    torch.testing.assert_close(pos, embedded[..., :8] + queries.head_pos_embed["b"])
     torch.testing.assert_close(content, embedded[..., 8:] + features)
 
 
@@ -261,53 +262,51 @@ def test_the_embedding_sees_coordinates_just_inside_the_image_and_the_reference_
     monkeypatch.setattr("models.groups.positives.sine_embed_boxes", spy)
     samples = head_samples("pp", width=8)
     samples.boxes = torch.tensor([[[-30.0, 0.0, 10.0, 100.0], [0.0, 0.0, 0.0, 0.0]]])
-    _, _, reference = PositiveQueries(8, heads=1, layers=1).embed(0, choose(samples, least=1), [(100, 200)])
+    _, _, reference = PositiveQueries(8, heads=["head"], layers=1).embed("head", choose(samples, least=1), [(100, 200)])
     torch.testing.assert_close(reference, torch.tensor([[[-0.05, 0.5, 0.2, 1.0], [0.0] * 4]]), atol=1e-7, rtol=0)
     inside = torch.tensor([[[1e-5, 0.5, 0.2, 1 - 1e-5], [1e-5] * 4]])
     torch.testing.assert_close(seen[0], inside, atol=1e-7, rtol=0)
 
 
-def test_each_head_has_its_own_parameters_by_their_published_names() -> None:
-    queries = PositiveQueries(8, heads=2, layers=6)
+def test_each_head_has_its_own_parameters_under_its_name() -> None:
+    queries = PositiveQueries(8, heads=AB, layers=6)
     parts = ("aux_pos_trans", "aux_pos_trans_norm", "pos_feats_trans", "pos_feats_norm")
-    names = {f"{part}.{i}.{kind}" for part in parts for i in (0, 1) for kind in ("weight", "bias")}
+    names = {f"{part}.{head}.{kind}" for part in parts for head in AB for kind in ("weight", "bias")}
     state = queries.state_dict()
-    assert state.keys() == {*names, "head_pos_embed.weight"}
-    assert state["head_pos_embed.weight"].shape == (2, 1)
-    assert state["aux_pos_trans.1.weight"].shape == (16, 16)
-    groups = queries([("co_a", head_samples(9 * "n", width=8)), ("co_b", head_samples(9 * "n", width=8))], SIZES[:1])
+    assert state.keys() == {*names, "head_pos_embed.a", "head_pos_embed.b"}
+    assert state["head_pos_embed.a"].shape == (1,)
+    assert state["aux_pos_trans.b.weight"].shape == (16, 16)
+    groups = queries({head: head_samples(9 * "n", width=8) for head in AB}, SIZES[:1])
     assert [g.name for g in groups] == ["co_a", "co_b"]
     groups[1].content.sum().backward()
-    assert queries.aux_pos_trans[0].weight.grad is None and queries.aux_pos_trans[1].weight.grad is not None
+    assert queries.aux_pos_trans["a"].weight.grad is None and queries.aux_pos_trans["b"].weight.grad is not None
 
 
-def test_the_table_of_heads_may_have_more_rows_or_whole_vectors() -> None:
-    assert PositiveQueries(8, heads=1, layers=1, rows=2).head_pos_embed.weight.shape == (2, 1)
-    queries = PositiveQueries(8, heads=2, layers=1, full_embed=True)
-    assert queries.head_pos_embed.weight.shape == (2, 8)
+def test_a_head_may_add_a_whole_vector_to_the_position() -> None:
+    queries = PositiveQueries(8, heads=AB, layers=1, full_embed=True)
     chosen = choose(head_samples("p", width=8), least=1)
-    _, before, _ = queries.embed(1, chosen, SIZES[:1])
+    _, before, _ = queries.embed("b", chosen, SIZES[:1])
     with torch.no_grad():
-        queries.head_pos_embed.weight[1] += torch.arange(8.0)
-    _, after, _ = queries.embed(1, chosen, SIZES[:1])
+        queries.head_pos_embed["b"] += torch.arange(8.0)
+    _, after, _ = queries.embed("b", chosen, SIZES[:1])
     torch.testing.assert_close(after - before, torch.arange(8.0).expand(1, 1, 8))
-    with pytest.raises(ValueError, match=r"2 auxiliary heads need as many rows .* got rows=1"):
-        PositiveQueries(8, heads=2, layers=1, rows=1)
 
 
 def test_initial_values_are_the_published_ones() -> None:
     torch.manual_seed(0)
-    queries = PositiveQueries(256, heads=2, layers=6)
+    queries = PositiveQueries(256, heads=AB, layers=6)
     bounds = {
-        "aux_pos_trans.0.weight": math.sqrt(6 / 1024),  # 0.0765
-        "pos_feats_trans.1.weight": math.sqrt(6 / 512),  # 0.1083
-        "aux_pos_trans.1.bias": 1 / math.sqrt(512),
-        "pos_feats_trans.0.bias": 1 / math.sqrt(256),
+        "aux_pos_trans.a.weight": math.sqrt(6 / 1024),  # 0.0765
+        "pos_feats_trans.b.weight": math.sqrt(6 / 512),  # 0.1083
+        "aux_pos_trans.b.bias": 1 / math.sqrt(512),
+        "pos_feats_trans.a.bias": 1 / math.sqrt(256),
     }
     for name, bound in bounds.items():
         assert 0.95 * bound < queries.get_parameter(name).abs().max() <= bound, name
-    drawn = torch.stack([PositiveQueries(8, heads=2, layers=1).head_pos_embed.weight for _ in range(100)]).abs()
-    assert (drawn <= math.sqrt(2)).all() and (drawn.amax(0) > 1.3).all()
+    for heads in (["head"], AB):  # a published table has two rows for one head too
+        made = [PositiveQueries(8, heads=heads, layers=1).head_pos_embed for _ in range(100)]
+        drawn = torch.stack([torch.cat(list(embeds.values())) for embeds in made]).abs()
+        assert (drawn <= math.sqrt(2)).all() and (drawn.amax(0) > 1.3).all()
 
 
 def test_no_heads_make_no_queries() -> None:
@@ -315,6 +314,8 @@ def test_no_heads_make_no_queries() -> None:
 
 
 def test_the_weight_of_the_scheme_is_part_of_the_supervision() -> None:
-    (group,) = PositiveQueries(8, heads=1, layers=1, weight=0.5)([("co_a", head_samples(9 * "n", width=8))], SIZES[:1])
+    (group,) = PositiveQueries(8, heads=["head"], layers=1, weight=0.5)(
+        {"head": head_samples(9 * "n", width=8)}, SIZES[:1]
+    )
     (supervision,) = group.supervision
     assert isinstance(supervision, Supervision) and supervision.weight == 0.5

@@ -104,6 +104,40 @@ def test_resize_is_pils_antialiased_bilinear_filter():
     assert np.array_equal(np.asarray(image), np.asarray(picture(200, 300).resize((60, 40), Image.Resampling.BILINEAR)))
 
 
+def checkerboard(size: int = 8) -> Image.Image:
+    black_and_white = np.indices((size, size)).sum(axis=0) % 2 * 255
+    return Image.fromarray(black_and_white.astype(np.uint8)).convert("RGB")
+
+
+def test_without_antialiasing_a_shrunk_pixel_sees_its_nearest_four_only():
+    # A third of 9: the centres fall on pixels 1, 4 and 7, so a coarser checkerboard is left; averaging makes it grey.
+    plain, sample = resize(checkerboard(9), sample_of([[3, 3, 9, 6]], 9, 9), (3, 3), antialias=False)
+    smooth, other = resize(checkerboard(9), sample_of([[3, 3, 9, 6]], 9, 9), (3, 3))
+    assert np.array_equal(np.asarray(plain)[..., 0], [[0, 255, 0], [255, 0, 255], [0, 255, 0]])
+    assert np.asarray(smooth).min() > 80 and np.asarray(smooth).max() < 175
+    assert sample["boxes"].tolist() == other["boxes"].tolist() == [[1, 1, 3, 2]]
+
+
+def test_antialiasing_changes_nothing_where_an_image_grows():
+    plain, smooth = (resize(checkerboard(), sample_of([], 8, 8), (20, 20), antialias=a)[0] for a in (False, True))
+    assert plain.size == smooth.size == (20, 20)
+    difference = np.abs(np.asarray(plain, np.int64) - np.asarray(smooth, np.int64))
+    assert difference.max() <= 1  # rounding
+
+
+def test_every_resize_of_training_and_evaluation_follows_the_flag():
+    recipe = {"scales": [3], "crop_scales": [3], "crop_range": (3, 3), "max_size": 1333, "test_size": 3}
+    for antialias in (False, True):
+        transforms = [train_transforms(augment=a, **recipe, antialias=antialias) for a in ("detr", "resize", "none")]
+        transforms += [eval_transforms(test_size=3, max_size=1333, antialias=antialias)]
+        for transform in transforms:
+            for seed in range(4):  # both branches of `detr`
+                torch.manual_seed(seed)
+                pixels = transform(checkerboard(9), sample_of([], 9, 9))[0][0]
+                extreme = pixels.max() - pixels.min() > 4  # 0 and 255 are 1 / 0.229 apart
+                assert extreme == (not antialias), (transform, seed)
+
+
 def test_crop_clips_boxes_drops_those_outside_and_takes_the_area_of_the_box():
     boxes = [[2, 3, 10, 18], [0, 0, 5, 20], [28, 0, 30, 20]]
     image, sample = crop(picture(), sample_of(boxes), top=4, left=5, height=10, width=20)

@@ -15,6 +15,7 @@ from tests.golden.runners import (
     co_other_heads,
     co_postprocess,
     co_queries,
+    co_swin,
     construction,
     criterion,
     data_transforms,
@@ -43,5 +44,6 @@ RUNNERS: dict[str, Callable[[dict, dict[str, np.ndarray]], None]] = {
     "co_head_atss": co_head_atss.run,
     "co_head_rpn_roi": co_head_rpn_roi.run,
     "co_other_heads": co_other_heads.run,
+    "co_swin": co_swin.run,
     "deformable_detr_model": detector.run,
 }

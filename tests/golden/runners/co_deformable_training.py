@@ -24,6 +24,7 @@ from util.checkpoint import native_weights
 from util.structures import Assignment, FlatTargets, ImageBatch, LossReport, QueryGroup, SupervisedSet, Target
 
 LOSS, GRADIENT = 2e-4, 5e-3  # allowed relative differences, of the stored `tolerances`
+EMBEDS = "query_head.transformer.head_pos_embed.weight"
 TERMS = {"loss_ce": "loss_cls", "loss_bbox": "loss_bbox", "loss_giou": "loss_iou"}  # our names, published names
 
 
@@ -94,7 +95,7 @@ def _watch(model: Detector) -> Iterator[Watched]:
 
     for head in co.heads.values():
         watch(head, note_head)
-    for i, module in enumerate(co.queries.pos_feats_trans):
+    for i, module in enumerate(co.queries.pos_feats_trans.values()):
         watch(module, lambda module, inputs, output, i=i: seen.features.update({i: inputs[0]}))
     watch(co, lambda module, inputs, output: seen.groups.extend(output))
     try:
@@ -270,6 +271,8 @@ def check_gradients(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for official, want in norms.items():
         gradient = parameters[names[official]].grad if official in names else None
+        if official == EMBEDS:  # a table there, a vector for each head here
+            gradient = torch.stack([p.grad for n, p in parameters.items() if ".head_pos_embed." in n])
         assert (gradient is None) == (want is None), f"{official}: gradient {gradient is not None}, stored {want}"
         if want is not None:
             assert_relative(f"gradient of {official}", gradient.norm(), want, GRADIENT)

@@ -25,7 +25,7 @@ def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
     samples, targets = _samples(meta, stored), _targets(stored, background, sizes)
     with patch.object(sampling, "random_keys", keys_in_order):
         chosen = choose(samples, limit=meta["max_pos_coords"])
-    _, _, reference = PositiveQueries(WIDTH, heads=1, layers=LAYERS).embed(0, chosen, sizes)
+    _, _, reference = PositiveQueries(WIDTH, heads=["head"], layers=LAYERS).embed("head", chosen, sizes)
     assignment = pairs(chosen, LAYERS)
     flat = FlatTargets.of(targets)
     for layer in range(LAYERS):
