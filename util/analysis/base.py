@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from models.criterion import Criterion
 from models.detector import Detector
+from util.errors import UserError
 from util.logger import Meters, Progress
 from util.structures import ImageBatch, Target
 
@@ -42,3 +45,21 @@ class Subject:
         for module in self.model.groups.modules():
             if isinstance(module, nn.Dropout):
                 module.eval()
+
+
+def read_json(path: Path, analysis: str) -> dict[str, Any]:
+    """Return what an earlier run of `analysis` wrote.
+
+    Raises:
+        UserError: the file is no JSON, or of something else.
+    """
+    wanted = f"give {analysis}.json files that --analyse {analysis} wrote"
+    try:
+        result = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text at all
+        raise UserError(f"--analyse_with: {path} is not a JSON file ({error}); {wanted}") from error
+    kind = result.get("analysis") if isinstance(result, dict) else None
+    if kind != analysis:
+        found = f"of the analysis {kind}" if kind else "not of an analysis"
+        raise UserError(f"--analyse_with: {path} is {found}; {wanted}")
+    return result

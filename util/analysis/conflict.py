@@ -30,7 +30,7 @@ from models.criterion import Criterion
 from models.detector import Detector
 from models.groups.collaborative import Collaborative
 from util import dist
-from util.analysis.base import Subject
+from util.analysis.base import Subject, read_json
 from util.analysis.conflict_plot import draw_conflict, draw_examples
 from util.analysis.discriminability_plot import Example
 from util.analysis.maps import on_image, picture, valid_sizes
@@ -244,22 +244,16 @@ def read_result(path: Path) -> Result:
     Raises:
         UserError: the file is something else, or was written with another `EPSILON`.
     """
-    wanted = "give conflict.json files that --analyse conflict wrote"
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text at all
-        raise UserError(f"--analyse_with: {path} is not a JSON file ({error}); {wanted}") from error
-    kind = result.get("analysis") if isinstance(result, dict) else None
-    if kind != "conflict":
-        found = f"of the analysis {kind}" if kind else "not of an analysis"
-        raise UserError(f"--analyse_with: {path} is {found}; {wanted}")
+    result = read_json(path, "conflict")
     try:
         complete = isinstance(result["label"], str) and list(result["averages"]) == result["heads"][1:] != []
         complete = complete and all(isinstance(value, float) for value in result["averages"].values())
     except (KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
-        raise UserError(f"--analyse_with: {path} has no complete averages; {wanted} and leave them unchanged")
+        raise UserError(
+            f"--analyse_with: {path} has no complete averages; give conflict.json files as they were written"
+        )
     if result.get("epsilon") != EPSILON:
         found = result.get("epsilon")
         raise UserError(f"--analyse_with: {path} was written with epsilon {found}, not {EPSILON}: analyse it again")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from util import dist
 from util.analysis.attention import attention_of_positives, watch
-from util.analysis.base import Subject
+from util.analysis.base import Subject, read_json
 from util.analysis.discriminability_plot import Example, draw_curves, draw_examples
 from util.analysis.maps import foreground, mean_of_levels, picture, valid_sizes
 from util.errors import UserError
@@ -171,15 +171,7 @@ def read_result(path: Path) -> Result:
     Raises:
         UserError: the file is something else.
     """
-    wanted = "give discriminability.json files that --analyse discriminability wrote"
-    try:
-        result = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text at all
-        raise UserError(f"--analyse_with: {path} is not a JSON file ({error}); {wanted}") from error
-    kind = result.get("analysis") if isinstance(result, dict) else None
-    if kind != "discriminability":
-        found = f"of the analysis {kind}" if kind else "not of an analysis"
-        raise UserError(f"--analyse_with: {path} is {found}; {wanted}")
+    result = read_json(path, "discriminability")
     try:
         complete = isinstance(result["label"], str) and isinstance(result["positives_per_object"], float)
         for part in PARTS:
@@ -188,7 +180,9 @@ def read_result(path: Path) -> Result:
     except (KeyError, TypeError):
         complete = False
     if not complete:
-        raise UserError(f"--analyse_with: {path} has no complete curves; {wanted} and leave them unchanged")
+        raise UserError(
+            f"--analyse_with: {path} has no complete curves; give discriminability.json files as they were written"
+        )
     return result
 
 
