@@ -47,6 +47,7 @@ def test_a_run_leaves_the_files_of_the_family_and_ours(trained):
         "eval/latest.pth",
         "eval/results.json",
         "eval/per_class.csv",
+        "eval/stats.json",
         "pictures/overview.png",
     }
     assert expected <= names

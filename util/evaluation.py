@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from datasets.evaluators import CocoEvaluator
 from util import dist
 from util.engine import StepSettings, evaluate
+from util.flips import Flips
 from util.optim import ModelEma
 
 KEEP_ARRAYS_EVERY = 50  # epochs between numbered files of precision-recall arrays, as in the family
@@ -33,6 +35,7 @@ class Evaluation:
     topk: int = 100
     evaluator: str = "auto"
     draw: int = 8  # images drawn
+    flips: dict[str, Flips] = field(default_factory=dict)  # of the weights and of their average
 
     def run(self, model: nn.Module, ema: ModelEma | None, epoch: int, *, final: bool = False) -> dict[str, Any]:
         """Evaluate the weights, and their average if there is one.
@@ -67,6 +70,7 @@ class Evaluation:
             self.device,
             epoch=epoch,
             keep=self.draw,
+            flips=self.flips.setdefault(prefix, Flips()),
         )
         dist.info(evaluator.table())
         shown = (f"{100 * n:.1f}" if n >= 0 else "-" for n in stats["coco_eval_bbox"])  # -1: there is no object
@@ -74,6 +78,7 @@ class Evaluation:
         if self.output_dir is not None and dist.is_main():
             folder = self.output_dir / ("eval" if prefix == "test_" else "eval_ema")
             evaluator.save(folder)
+            (folder / "stats.json").write_text(json.dumps(stats, indent=1) + "\n")
             for name in arrays:
                 evaluator.save_eval(self.output_dir / name)
             if self.draw:
