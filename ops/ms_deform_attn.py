@@ -34,8 +34,10 @@ def ms_deform_attn(
     """Sum bilinear samples of a feature pyramid: out = sum over levels and points of weight * value at location.
 
     Differentiable once, for all three tensors. Half precision is summed in float32, and under autocast the operator
-    runs in float32 altogether. On a GPU the gradient of `value` is added with atomics: it is not bit-reproducible from
-    run to run, and `torch.use_deterministic_algorithms(True)` refuses it; on the CPU it is.
+    runs in float32 altogether. On the CPU the results are the same bits in every run. So they are on a GPU with
+    `torch.use_deterministic_algorithms(True)`: the gradient of `value` is then summed in fixed point, in 62 bits whose
+    range follows the largest numbers, and is NaN as a whole if any number of the output's gradient is not finite.
+    Without it, the additions to that gradient come in any order and its last places differ from run to run.
 
     Args:
         value: (B, S, heads, D / heads), the levels one after the other, each row-major.

@@ -1,0 +1,244 @@
+// The fast CUDA kernels: heads of 8, 16, 24, ... 128 channels; values in float32, float16 or bfloat16, everything else
+// in float32. cuda_layout.h says which lane computes what.
+#pragma once
+
+#include "cuda_sums.h"
+
+namespace assigndetr {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Blocks that must fit on a multiprocessor at a time: 64 or 80 registers a thread in the forward pass, 80 or 128 in the
+// backward pass. With fewer registers or no word at all the compiler spills; `python -m ops.resources` shows it.
+template <typename scalar_t>
+constexpr int kForwardBlocks = sizeof(scalar_t) == 2 ? 4 : 3;
+template <typename scalar_t>
+constexpr int kBackwardBlocks = sizeof(scalar_t) == 2 ? 3 : 2;
+
+// Samples whose places are computed at a time: one by each lane of an item, which then hands it to the others.
+template <int lanes>
+constexpr int kChunk = lanes < 4 ? lanes : 4;
+
+struct Samples {
+  const float* locations;
+  const float* weights;
+  int64_t first;  // of the item
+};
+
+// The sample of this lane: point `point` of level `l`. A point that does not exist weighs nothing.
+__device__ __forceinline__ Spot read_spot(const Plan& plan, const Samples& samples, int l, int point) {
+  const int64_t sample = samples.first + l * plan.points + (point < plan.points ? point : plan.points - 1);
+  const Vec<float, 2> at = load<float, 2>(samples.locations + 2 * sample);
+  return spot_at(at.at[0], at.at[1], point < plan.points ? samples.weights[sample] : 0.0f, plan.level[l]);
+}
+
+// What lane `source` of an item found.
+template <int lanes>
+__device__ __forceinline__ int hand_out(const Spot& spot, int source, float (&weight)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    weight[k] = __shfl_sync(kAllLanes, spot.weight[k], source, lanes);
+  }
+  return __shfl_sync(kAllLanes, spot.packed, source, lanes);
+}
+
+// The kernel reads the nearest cell also for corners outside the map and multiplies by 0: a value that is not finite
+// may therefore show where it has no weight.
+template <typename scalar_t, int lanes>
+__global__ void __launch_bounds__(kThreads, kForwardBlocks<scalar_t>)
+    fast_forward(const Plan plan, const scalar_t* __restrict__ value, const float* __restrict__ locations,
+                 const float* __restrict__ weights, scalar_t* __restrict__ output) {
+  constexpr int chunk = kChunk<lanes>;
+  constexpr int width = 16 / sizeof(scalar_t), vectors = kPart / width;  // loads of 16 bytes
+  const int lane = threadIdx.x % lanes, part = lane < plan.parts ? lane : plan.parts - 1;
+  const int channels = plan.parts * kPart;
+  const unsigned cell_stride = plan.heads * channels;
+  const int64_t image = blockIdx.y;
+  Item item;
+  for (int round = 0; round < plan.rounds; ++round) {
+    if (!item_at<lanes>(plan, image, blockIdx.x, round, threadIdx.x, item)) {
+      return;
+    }
+    // Vector v of a lane begins at channel (v * parts + part) * width: lanes side by side read side by side.
+    const scalar_t* const from = value + image * plan.cells * cell_stride + item.head * channels + part * width;
+    const Samples samples{locations, weights, item.index * plan.levels * plan.points};
+    float sum[kPart] = {};
+    const auto add = [&](const Spot& spot, int source, int columns) {
+      float weight[4];
+      const int packed = hand_out<lanes>(spot, source, weight);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const scalar_t* const cell = from + static_cast<uint64_t>(corner_cell(packed, k, columns)) * cell_stride;
+#pragma unroll
+        for (int v = 0; v < vectors; ++v) {
+          const Vec<scalar_t, width> read = load<scalar_t, width>(cell + v * plan.parts * width);
+#pragma unroll
+          for (int i = 0; i < width; ++i) {
+            sum[v * width + i] += weight[k] * static_cast<float>(read.at[i]);
+          }
+        }
+      }
+    };
+    for (int l = 0; l < plan.levels; ++l) {
+      const int columns = plan.level[l].width;
+      for (int point = 0; point < plan.points; point += chunk) {
+        const Spot spot = read_spot(plan, samples, l, point + lane % chunk);
+        if (point + chunk <= plan.points) {
+#pragma unroll
+          for (int source = 0; source < chunk; ++source) {
+            add(spot, source, columns);
+          }
+        } else {
+#pragma unroll 1
+          for (int source = 0; source < plan.points - point; ++source) {
+            add(spot, source, columns);
+          }
+        }
+      }
+    }
+    if (item.active && lane < plan.parts) {
+      scalar_t* const to = output + item.index * channels + part * width;
+#pragma unroll
+      for (int v = 0; v < vectors; ++v) {
+        Vec<scalar_t, width> written;
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+          written.at[i] = static_cast<scalar_t>(sum[v * width + i]);
+        }
+        *reinterpret_cast<Vec<scalar_t, width>*>(to + v * plan.parts * width) = written;
+      }
+    }
+  }
+}
+
+// Sum over the lanes of an item. Each lane is left, in sums[0], with those of its own sample: it hands half of what it
+// has to a neighbour and takes over the other half, then a quarter, ...
+template <int lanes, int chunk>
+__device__ __forceinline__ void sum_lanes(float (&sums)[chunk][4], int lane) {
+#pragma unroll
+  for (int half = chunk / 2; half > 0; half /= 2) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        const float given = upper ? sums[i][k] : sums[i + half][k];
+        const float kept = upper ? sums[i + half][k] : sums[i][k];
+        sums[i][k] = kept + __shfl_xor_sync(kAllLanes, given, half);
+      }
+    }
+  }
+#pragma unroll
+  for (int distance = chunk; distance < lanes; distance *= 2) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sums[0][k] += __shfl_xor_sync(kAllLanes, sums[0][k], distance);
+    }
+  }
+}
+
+// The gradient of the output for the channels of a lane, in two orders.
+template <typename scalar_t, bool by_four>
+struct LaneGradient {
+  float read[kPart];   // vector v of 4 begins at channel (v * parts + lane) * 4, as the values are read
+  float added[kPart];  // in the order of the additions: the same or, added singly, channels i * parts + lane
+
+  __device__ __forceinline__ LaneGradient(const scalar_t* from, int lane, int parts, bool active) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const Vec<scalar_t, 4> four = load<scalar_t, 4>(from + (v * parts + lane) * 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        read[4 * v + i] = active ? static_cast<float>(four.at[i]) : 0.0f;
+        added[4 * v + i] = by_four ? read[4 * v + i] : static_cast<float>(from[(4 * v + i) * parts + lane]);
+      }
+    }
+  }
+};
+
+// Add the gradient times `weight` to a cell. `index` is where the channels of its head begin.
+template <typename Sums, typename scalar_t>
+__device__ __forceinline__ void add_gradient(const Sums& sums, float scale, int64_t index,
+                                             const LaneGradient<scalar_t, Sums::by_four>& grad, float weight, int lane,
+                                             int parts) {
+  if constexpr (Sums::by_four) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      Vec<float, 4> four;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        four.at[i] = weight * grad.added[4 * v + i];
+      }
+      sums.add_four(index + (v * parts + lane) * 4, four);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) {  // neighbouring lanes add to neighbouring channels
+      sums.add(index + i * parts + lane, weight * grad.added[i], scale);
+    }
+  }
+}
+
+// All gradients of locations and weights are written; those of the values are added to `sums`, which are 0 before.
+template <typename scalar_t, int lanes, typename Sums>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<scalar_t>)
+    fast_backward(const Plan plan, const scalar_t* __restrict__ grad_output, const scalar_t* __restrict__ value,
+                  const float* __restrict__ locations, const float* __restrict__ weights, const Sums sums,
+                  float* __restrict__ grad_locations, float* __restrict__ grad_weights) {
+  constexpr int chunk = kChunk<lanes>;
+  const int lane = threadIdx.x % lanes, part = lane < plan.parts ? lane : plan.parts - 1;
+  const int channels = plan.parts * kPart;
+  const unsigned cell_stride = plan.heads * channels;
+  const float scale = sums.scale();
+  const int64_t image = blockIdx.y;
+  Item item;
+  for (int round = 0; round < plan.rounds; ++round) {
+    if (!item_at<lanes>(plan, image, blockIdx.x, round, threadIdx.x, item)) {
+      return;
+    }
+    const bool active = item.active && lane < plan.parts;
+    const int64_t head = image * plan.cells * cell_stride + item.head * channels;
+    const scalar_t* const from = value + head + part * 4;
+    const Samples samples{locations, weights, item.index * plan.levels * plan.points};
+    const LaneGradient<scalar_t, Sums::by_four> grad(grad_output + item.index * channels, part, plan.parts, active);
+    for (int l = 0; l < plan.levels; ++l) {
+      const int columns = plan.level[l].width;
+      for (int first = 0; first < plan.points; first += chunk) {
+        const int point = first + lane % chunk;
+        const Spot spot = read_spot(plan, samples, l, point);
+        float dots[chunk][4] = {};
+#pragma unroll
+        for (int source = 0; source < chunk; ++source) {
+          if (first + source < plan.points) {  // the same for the whole warp
+            float weight[4];
+            const int packed = hand_out<lanes>(spot, source, weight);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              const uint64_t cell = static_cast<uint64_t>(corner_cell(packed, k, columns)) * cell_stride;
+#pragma unroll
+              for (int v = 0; v < 2; ++v) {
+                const Vec<scalar_t, 4> read = load<scalar_t, 4>(from + cell + v * plan.parts * 4);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                  dots[source][k] += grad.read[4 * v + i] * static_cast<float>(read.at[i]);
+                }
+              }
+              if (active && weight[k] != 0.0f) {
+                add_gradient(sums, scale, head + cell, grad, weight[k], part, plan.parts);
+              }
+            }
+          }
+        }
+        sum_lanes<lanes>(dots, lane);
+        if (item.active && lane < chunk && point < plan.points) {
+          const SampleGradient by = sample_gradient(spot, dots[0], plan.level[l]);
+          const int64_t sample = samples.first + l * plan.points + point;
+          grad_weights[sample] = by.weight;
+          *reinterpret_cast<Vec<float, 2>*>(grad_locations + 2 * sample) = {by.x, by.y};
+        }
+      }
+    }
+  }
+}
+
+}  // namespace assigndetr

@@ -1,0 +1,103 @@
+"""The CUDA kernels on the CPU: the same source, compiled by the C++ compiler (emulated_cuda.h) and called by ctypes."""
+
+import ctypes
+import functools
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+import ops
+
+_HERE = Path(__file__).resolve().parent
+_CSRC = Path(ops.__file__).resolve().parent / "csrc"
+_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@functools.cache
+def compiled(architecture: int) -> ctypes.CDLL:
+    """Compile the kernels as for `architecture`, such as 900: they differ in how they add to memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"emulated_{architecture}.so"
+        includes = [f"-I{_CSRC}", f"-I{_HERE}", f"-I{Path(torch.__file__).parent / 'include'}"]
+        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-DASSIGNDETR_ADDS_FOUR={int(architecture >= 900)}"]
+        command = [*os.environ.get("CXX", "c++").split(), *flags, *includes]
+        done = subprocess.run([*command, "-o", path, _HERE / "emulated_cuda.cpp"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        library = ctypes.CDLL(str(path))
+    library.forward.restype = library.backward.restype = ctypes.c_char_p
+    library.items_of.restype = ctypes.c_int64
+    return library
+
+
+def _numbers(values) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def _address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    assert tensor is None or tensor.is_contiguous()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _call(shapes, sizes) -> tuple:
+    return _numbers([n for pair in shapes for n in pair]), ctypes.c_int64(len(shapes)), _numbers(sizes)
+
+
+def plan_of(shapes, batch, queries, heads, channels, points) -> dict | None:
+    """Return lanes of an item, rounds, tiles and blocks of an image; None where the generic kernels compute."""
+    cells = sum(h * w for h, w in shapes)
+    rounds, tiles, blocks = ctypes.c_int(), ctypes.c_int(), ctypes.c_int64()
+    results = [ctypes.byref(number) for number in (rounds, tiles, blocks)]
+    lanes = compiled(900).plan_of(*_call(shapes, (batch, cells, queries, heads, channels, points)), *results)
+    return (
+        {"lanes": lanes, "rounds": rounds.value, "tiles": bool(tiles.value), "blocks": blocks.value} if lanes else None
+    )
+
+
+def items_of(shapes, queries, heads, channels, image, rounds) -> list[int]:
+    """Return the (image, query, head), as one number, in the order in which an image's warps take them."""
+    cells = sum(h * w for h, w in shapes)
+    found = (ctypes.c_int64 * (2 * queries * heads + 1))()
+    sizes = (image + 1, cells, queries, heads, channels, 1)
+    count = compiled(900).items_of(*_call(shapes, sizes), ctypes.c_int64(image), rounds, found)
+    return list(found[:count])
+
+
+def _sizes(value, locations) -> tuple[int, ...]:
+    batch, cells, heads, channels = value.shape
+    return batch, cells, locations.shape[1], heads, channels, locations.shape[4]
+
+
+def forward(value, shapes, locations, weights, architecture=900) -> torch.Tensor:
+    """Return what the CUDA kernel would: see ops.ms_deform_attn."""
+    output = torch.full((*locations.shape[:2], value.shape[2] * value.shape[3]), torch.nan, dtype=value.dtype)
+    error = compiled(architecture).forward(
+        _TYPES.index(value.dtype),
+        _address(value),
+        *_call(shapes, _sizes(value, locations)),
+        *(_address(tensor) for tensor in (locations, weights, output)),
+    )
+    assert error is None, error
+    return output
+
+
+def backward(grad_output, value, shapes, locations, weights, deterministic=False, architecture=900):
+    """Return the gradients of value, locations and weights, in the type of the sums."""
+    grads = [torch.full(t.shape, torch.nan, dtype=locations.dtype) for t in (value, locations, weights)]
+    fixed = [None] * 3
+    if deterministic:
+        largest = [tensor.abs().max().to(locations.dtype) for tensor in (grad_output, weights)]
+        fixed = [torch.zeros(value.shape, dtype=torch.int64), *largest]
+    else:
+        grads[0].zero_()
+    error = compiled(architecture).backward(
+        _TYPES.index(value.dtype),
+        _address(grad_output),
+        _address(value),
+        *_call(shapes, _sizes(value, locations)),
+        *(_address(tensor) for tensor in (locations, weights, *grads, *fixed)),
+    )
+    assert error is None, error
+    return tuple(grads)
