@@ -116,11 +116,13 @@ def _without_ignored(loss: Tensor, predictions: Predictions, assignment: Assignm
     return loss
 
 
-def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Assignment) -> dict[str, Tensor]:
+def box_regression(
+    predictions: Predictions, pairs: TargetPairs, assignment: Assignment, *, giou_eps: float = 0.0
+) -> dict[str, Tensor]:
     """Return `loss_bbox` and `loss_giou`, (L, N) each: sums over the matched pairs of L1 of cxcywh and of 1 - GIoU."""
     boxes = at_least_float32(predictions.boxes[assignment.layer, assignment.image, assignment.slot])
     l1 = (boxes - pairs.boxes).abs().sum(-1)
-    giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
+    giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes), giou_eps)
     if assignment.weight is not None:
         l1, giou = l1 * assignment.weight, giou * assignment.weight
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from util.anchor_args import anchor_rules
 from util.errors import UserError
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
@@ -30,7 +31,7 @@ Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
 
 
 def _rules(a: argparse.Namespace) -> Rules:
-    parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules)
+    parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules)
     return [rule for part in parts for rule in part(a)]
 
 

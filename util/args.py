@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from util.anchor_args import add_anchors, add_denoising
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
@@ -29,7 +30,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_backbone,
         _add_transformer,
         add_queries,
+        add_anchors,
         add_hybrid,
+        add_denoising,
         add_soft,
         add_auxiliary,
         add_losses,
@@ -198,8 +201,19 @@ def _add_backbone(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop_path_rate", default=0.2, type=float, help="stochastic depth of Swin")
     group.add_argument("--position_embedding", default="sine", choices=["sine", "learned"], help="of image features")
     group.add_argument("--position_embedding_scale", default=6.283185307179586, type=float, help="2 pi; of the sine")
+    group.add_argument("--pe_temperature", default=10000.0, type=float, help="of the sine (DINO: 20)")
+    group.add_argument(
+        "--pe_half_cell", action=SWITCH, default=True, help="the sine starts in the middle of a cell (DINO: off)"
+    )
     group.add_argument(
         "--num_feature_levels", default=4, type=int, help="1, or 3 backbone maps and extra stride-2 levels"
+    )
+    group.add_argument(
+        "--return_interm_indices",
+        nargs="+",
+        type=int,
+        help="backbone maps that are used, 0 (stride 4) to 3 (stride 32); 5 levels of DINO: 0 1 2 3 "
+        "(default: 1 2 3, with one level 3)",
     )
 
 

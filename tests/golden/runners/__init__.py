@@ -20,6 +20,7 @@ from tests.golden.runners import (
     criterion,
     data_transforms,
     detector,
+    dino,
     matching,
     parts,
     swin,
@@ -46,4 +47,8 @@ RUNNERS: dict[str, Callable[[dict, dict[str, np.ndarray]], None]] = {
     "co_other_heads": co_other_heads.run,
     "co_swin": co_swin.run,
     "deformable_detr_model": detector.run,
+    "dino_model": dino.run_model,
+    "dab_deformable_model": dino.run_model,
+    "dino_parts": dino.run_parts,
+    "dino_checkpoint_names": dino.run_checkpoint_names,
 }
