@@ -13,13 +13,14 @@ import pytest
 
 from tests import published_rows
 from tests.published_rows_co import CO_DETR
+from tests.published_rows_dino import DAB_DINO
 from util.arg_rules import check_args
 from util.args import get_args_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(CONFIGS.rglob("*/*.sh"))
-PUBLISHED = published_rows.PUBLISHED | CO_DETR
+PUBLISHED = published_rows.PUBLISHED | CO_DETR | DAB_DINO
 SHELL_FILES = [*PRESETS, *sorted(CONFIGS.glob("*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
 
 

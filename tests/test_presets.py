@@ -15,10 +15,11 @@ from tests.tiny import tiny_images, tiny_targets
 
 FULL_SIZE = [CONFIGS / "bccd" / "r18_cpu.sh", *sorted((CONFIGS / "deformable_detr").glob("*.sh"))]
 FULL_SIZE += [CONFIGS / "h_detr" / f"hybrid_{name}_36ep.sh" for name in ("r50", "swin_tiny", "swin_large")]
+FULL_SIZE += [CONFIGS / "dab_dino" / f"{name}.sh" for name in ("dab_deformable_r50_50ep", "dino_5scale_r50_12ep")]
 FULL_SIZE += [CONFIGS / "co_detr" / f"k2_{name}_12ep.sh" for name in ("swin_small", "swin_base", "swin_large")]
 SMALL = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hybrid_layers 1 --hidden_dim 64 --dim_feedforward 96 "
-    "--num_queries_one2one 30"
+    "--num_queries_one2one 30 --topk 100"
 )
 # Cells of the encoder, and so proposals of two stages: 639 at full size, 256 at the small one.
 LARGE_IMAGES = [(160, 192), (121, 156)]
@@ -27,7 +28,7 @@ SMALL_IMAGES = [(96, 128), (80, 101)]
 # What the other flags of a model differ in are numbers: sizes, rates, repeats.
 SWITCHES = (
     "with_box_refine two_stage mixed_selection look_forward_twice dilation num_feature_levels "
-    "hybrid one2many_own one2many_proposals one2many_groups eval_group eval_head"
+    "hybrid one2many_own one2many_proposals one2many_groups eval_group eval_head query_pos matcher"
 ).split()
 
 
@@ -42,7 +43,7 @@ def structure_of(preset: Path) -> tuple[object, ...]:
     args = args_of(preset)
     branch = args.num_queries_one2many > 0 and args.k_one2many > 0
     heads = (*args.aux_heads, args.lambda1 > 0, args.lambda2 > 0, args.aux_convs > 0)
-    return (branch, args.nms_iou > 0, *heads, *(getattr(args, name) for name in SWITCHES))
+    return (branch, args.nms_iou > 0, args.dn_number > 0, *heads, *(getattr(args, name) for name in SWITCHES))
 
 
 def one_of_each_other_structure() -> list[Path]:

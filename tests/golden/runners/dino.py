@@ -202,14 +202,14 @@ def _check_training(
         assert_close(key, ours.detach(), arrays[key], tolerances[key])
 
     if "dn_label_u" in arrays:
-        with replayed(_noise(arrays, "dn_")), _groups(model) as groups:
+        with replayed(_noise(arrays, "dn_")), watched_groups(model) as groups:
             output = model(images, targets)
-        seen |= {"dn_label_u", "dn_label_new", "dn_box_sign", "dn_box_u"}
+        seen |= {"dn_label_u", "dn_label_new", "dn_box_sign", "dn_box_u", "dn_query_box_unact"}
         queries = next(group for group in groups if group.name == "dn")
         close("dn_query_content", queries.content[..., ::16])
-        seen.add("dn_query_box_unact")
-        _check_boxes("dn_query_box_unact", queries.reference, arrays, tolerances["dn_query_box_unact"])
-        _check_mask(queries, next(g for g in groups if g.name == "one2one"), arrays["dn_attn_mask"])
+        key = "dn_query_box_unact"
+        check_boxes(key, queries.reference, arrays[key], tolerances[key])
+        check_mask(queries, next(g for g in groups if g.name == "one2one"), arrays["dn_attn_mask"])
         seen.add("dn_attn_mask")
         for prefix, name in (("train_", "one2one"), ("train_dn_", "dn")):
             if f"{prefix}logits" in arrays:
@@ -221,13 +221,13 @@ def _check_training(
     return seen
 
 
-def _check_boxes(key: str, boxes: Tensor, arrays: dict, tolerance: float) -> None:
+def check_boxes(key: str, boxes: Tensor, logits: np.ndarray, tolerance: float) -> None:
     """Compare boxes with stored logits; a logit that is off by d moves the box by up to d / 4."""
-    assert_close(key, boxes, torch.from_numpy(arrays[key]).sigmoid(), tolerance / 4)
+    assert_close(key, boxes, torch.from_numpy(logits).sigmoid(), tolerance / 4)
 
 
 @contextmanager
-def _groups(model: Detector) -> Iterator[list[QueryGroup]]:
+def watched_groups(model: Detector) -> Iterator[list[QueryGroup]]:
     """Collect what is decoded."""
     found: list[QueryGroup] = []
     handle = model.transformer.decoder.register_forward_pre_hook(lambda module, inputs: found.extend(inputs[0]))
@@ -237,7 +237,7 @@ def _groups(model: Detector) -> Iterator[list[QueryGroup]]:
         handle.remove()
 
 
-def _check_mask(queries: QueryGroup, matching: QueryGroup, stored: np.ndarray) -> None:
+def check_mask(queries: QueryGroup, matching: QueryGroup, stored: np.ndarray) -> None:
     groups = [queries, matching]
     seen = visibility(groups, torch.device("cpu"))
     side = len(queries) + len(matching)
@@ -330,12 +330,12 @@ def _check_denoising(meta: dict, arrays: dict, prefix: str, tolerance: float) ->
     empty = labels < 0
     wanted = source.published["label_enc"](labels.clamp(min=0)).masked_fill(empty[..., None], 0.0)
     assert torch.equal(content, wanted), f"{prefix}labels"
-    _check_boxes(f"{prefix}boxes_logit", reference, arrays, tolerance)
+    check_boxes(f"{prefix}boxes_logit", reference, arrays[f"{prefix}boxes_logit"], tolerance)
     taught = (Supervision(),)
     queries = QueryGroup("dn", content, reference, None, taught, sees=("one2one",), block=2 * most)
     empty_group = content.new_zeros(len(targets), meta["num_queries"], 8)
     matching = QueryGroup("one2one", empty_group, empty_group[..., :4], None, taught)
-    _check_mask(queries, matching, arrays[f"{prefix}mask"])
+    check_mask(queries, matching, arrays[f"{prefix}mask"])
 
 
 # names of released files
