@@ -95,7 +95,7 @@ def anchor_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     return [
         (
             bool(changed) and not boxes,
-            f"{', '.join(changed)}: only queries that are boxes have this; add --query_pos box",
+            f"{', '.join(changed)}: for queries that are boxes; add --query_pos box",
         ),
         (boxes and not a.with_box_refine, "--query_pos box needs --with_box_refine: the box of a query is refined"),
         (
