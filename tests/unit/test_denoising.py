@@ -12,6 +12,7 @@ from models.groups import denoising
 from models.groups.base import Context
 from models.groups.denoising import Denoising, Noise, draw_noise, noised_boxes, noised_labels, number_of_groups
 from tests.tiny import tiny_images
+from tests.waits import Waits
 from util.errors import UserError
 from util.structures import FlatTargets, Target
 
@@ -130,6 +131,13 @@ def test_the_number_of_queries_is_bounded_in_crowds() -> None:
     assert len(group) == 2 * 3 * 30
     (group,) = source(number=100)(context(targets_of(400, 2)))
     assert len(group) == 2 * 400  # one group at least
+
+
+def test_making_the_queries_waits_for_nothing() -> None:
+    dn, targets = source(), targets_of(3, 0, 1)
+    with Waits() as waits:
+        dn(context(targets))
+    assert not waits.found
 
 
 # in a detector
