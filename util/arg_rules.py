@@ -40,7 +40,7 @@ def _bounds(a: argparse.Namespace) -> Rules:
     positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
     positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
     positive += "save_every eval_every max_nonfinite print_freq".split()
-    positive += "recipe_batch_size lr_drop max_size dist_timeout max_pos_coords roi_samples".split()
+    positive += "recipe_batch_size lr_drop max_size lsj_size dist_timeout max_pos_coords roi_samples".split()
     not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
     not_negative += (
         "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many lambda1 lambda2 aux_convs".split()
@@ -116,10 +116,21 @@ def _data_rules(a: argparse.Namespace) -> Rules:
         (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
         (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
         (not 0 <= a.drop_path_rate < 1, f"--drop_path_rate {a.drop_path_rate}: must be in [0, 1)"),
-        (not 0 <= a.focal_alpha <= 1, f"--focal_alpha {a.focal_alpha}: must be in [0, 1]"),
+        (
+            not (0 <= a.focal_alpha <= 1 or a.focal_alpha == -1),
+            f"--focal_alpha {a.focal_alpha}: must be in [0, 1], or -1 for no balance",
+        ),
         (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
+        (
+            a.augment != "lsj" and (a.lsj_size != 1024 or a.lsj_scale != [0.1, 2.0]),
+            "--lsj_size and --lsj_scale are for large-scale jitter: add --augment lsj",
+        ),
+        (
+            not 0 < a.lsj_scale[0] <= a.lsj_scale[1],
+            f"--lsj_scale {a.lsj_scale}: factors above 0, the smallest comes first",
+        ),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
         (not 0 <= a.soft_nms_iou <= 1, f"--soft_nms_iou {a.soft_nms_iou}: an IoU, 0 (no soft-NMS) to 1"),
         (a.nms_iou > 0 and a.soft_nms_iou > 0, "--nms_iou and --soft_nms_iou: give one of them"),
@@ -145,6 +156,11 @@ def _head_rules(a: argparse.Namespace) -> Rules:
         (
             bool(a.eval_head) and a.nms_iou + a.soft_nms_iou > 0,
             "--eval_head: auxiliary heads have NMS of their own; leave out --nms_iou and --soft_nms_iou",
+        ),
+        (
+            bool(a.aux_heads) and a.query_pos == "box" and a.head_embed != "number",
+            f"--head_embed {a.head_embed} changes the positions that heads give their queries; with --query_pos box "
+            "they give none: leave it out",
         ),
         (bool(a.eval_head) and not a.aux_heads, f"--eval_head {a.eval_head}: needs --aux_heads {a.eval_head}"),
     ]

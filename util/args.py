@@ -120,9 +120,18 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment",
         default="detr",
-        choices=["detr", "resize", "flip", "none"],
+        choices=["detr", "resize", "flip", "none", "lsj"],
         help="training augmentation: detr = flip and (resize or resize-crop-resize); resize = flip and resize; "
-        "flip = only the flip, at the evaluation size; none",
+        "flip = only the flip, at the evaluation size; none; lsj = large-scale jitter on squares, in evaluation too "
+        "(Co-DINO): sizes are those of --lsj_size only",
+    )
+    group.add_argument("--lsj_size", default=1024, type=int, help="side of the square of --augment lsj, pixels")
+    group.add_argument(
+        "--lsj_scale",
+        nargs=2,
+        type=float,
+        default=[0.1, 2.0],
+        help="smallest and largest factor of --augment lsj; 1: the image just fits into the square",
     )
     group.add_argument(
         "--train_scales", nargs="+", type=int, default=list(range(480, 801, 32)), help="shorter sides drawn, pixels"
@@ -139,6 +148,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="shrink images with PIL's antialiased filter (DETR); --no-antialias: plain bilinear (Co-DETR)",
     )
+    _add_evaluation(group)
+
+
+def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--eval_batch_size", default=1, type=int, help="images per process in evaluation")
     group.add_argument(
         "--eval_in_training_set", action=SWITCH, default=False, help="evaluate on the training images (H-DETR)"

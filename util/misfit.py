@@ -85,6 +85,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
     flags["position_embedding"] = "learned" if "backbone.1.row_embed.weight" in state else "sine"
     tables = ("query_embed.weight", "transformer.tgt_embed.weight", "tgt_embed.weight")
     flags["queries"] = next((rows(name) for name in tables if name in state), None)
+    labels = rows("label_enc.weight")
+    flags["dn_labelbook_size"] = None if labels is None else labels - 1
     flags["samples"] = rows("transformer.encoder.layers.0.self_attn.attention_weights.weight")
     heads = sorted({m[1] for m in (re.match(HEAD + r"\.", n) for n in state) if m})
     flags["aux_heads"] = " ".join(re.sub(r"\d+$", "", name) for name in heads)  # atss2 is a second atss
@@ -127,8 +129,8 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
     lines = []
     for flag, value in theirs.items():
         mine = ours[flag]
-        if value == mine or value is None:
-            continue
+        if value == mine or value is None or (flag == "dn_labelbook_size" and mine is None):
+            continue  # a model without denoising leaves out the labels of a file
         if flag.startswith("aux_"):
             lines += _advise_heads(flag, value, theirs, ours)
             continue

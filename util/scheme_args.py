@@ -226,7 +226,8 @@ def add_auxiliary(parser: argparse.ArgumentParser) -> None:
         "--head_embed",
         default="number",
         choices=["number", "vector"],
-        help="what a head adds to the position of its queries: one learned number, as published, or --hidden_dim",
+        help="what a head adds to the position of its queries: one learned number, as published, or --hidden_dim; "
+        "nothing with --query_pos box",
     )
     group.add_argument("--aux_convs", default=1, type=int, help="convolutions in each tower of a dense head")
     group.add_argument("--roi_samples", default=512, type=int, help="regions of an image that faster_rcnn learns from")
@@ -243,7 +244,13 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bbox_loss_coef", default=5.0, type=float, help="L1 of cxcywh")
     group.add_argument("--giou_loss_coef", default=2.0, type=float, help="1 - GIoU")
     group.add_argument("--corr_loss_coef", default=1.0, type=float, help="correspondence loss of --matcher soft")
-    group.add_argument("--focal_alpha", default=0.25, type=float, help="weight of positives in the focal loss")
+    group.add_argument(
+        "--focal_alpha",
+        default=0.25,
+        type=float,
+        help="weight of positives in the focal loss, 1 - it of negatives; -1: both 1 (Co-DINO, with --cls_target "
+        "quality)",
+    )
     group.add_argument(
         "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise only the last decoder layer"
     )

@@ -57,7 +57,7 @@ class Target(_Movable):
     labels: Tensor  # (M,) int64, class index of the model (contiguous, or raw category ids in the 91-slot mode)
     boxes: Tensor  # (M, 4) cxcywh in [0, 1]
     image_id: int
-    orig_size: tuple[int, int]  # (h, w) in the file, for evaluation
+    orig_size: tuple[float, float]  # (h, w) that boxes are relative to, in pixels of the file, for evaluation
     size: tuple[int, int] = (0, 0)  # (h, w) after augmentation, before padding
     area: Tensor | None = None  # (M,) pixels of the augmented image
     iscrowd: Tensor | None = None  # (M,) bool; crowd regions never reach a training target

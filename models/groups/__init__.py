@@ -108,6 +108,7 @@ def _positive_queries(args: Namespace, heads: Sequence[str]) -> PositiveQueries 
         limit=args.max_pos_coords,
         fill=args.aux_fill,
         full_embed=args.head_embed == "vector",
+        boxes=args.query_pos == "box",
     )
 
 
