@@ -20,6 +20,7 @@ from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint
+from util.correspondence import Correspondences
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
 from util.errors import UserError
@@ -86,6 +87,7 @@ def run(args: Namespace) -> None:
     shared = {"num_workers": args.num_workers, "rank": dist.rank(), "world_size": dist.world_size()}
     shared["pin_memory"] = device.type == "cuda"
     settings = StepSettings(args.amp, args.grad_accum_steps, args.clip_max_norm, args.print_freq, args.save_steps)
+    watched = args.plot_correspondence
     evaluation = Evaluation(
         loader=build_eval_loader(val_set, batch_size=args.eval_batch_size, **shared),
         criterion=criterion if args.eval_loss else None,
@@ -96,6 +98,7 @@ def run(args: Namespace) -> None:
         topk=args.topk,
         evaluator=args.evaluator,
         draw=args.draw,
+        correspondences=Correspondences(criterion, val_set, watched) if watched else None,
     )
     if args.analyse:
         run_analysis(args, model, criterion, evaluation.loader, device, checkpoint, output_dir)
@@ -237,6 +240,12 @@ def evaluate_checkpoint(
     if evaluation.criterion is not None and not load_criterion(evaluation.criterion, content, name):
         dist.info(f"{name} holds no learned matcher: evaluated without losses")
         evaluation.criterion = None
+    watched = evaluation.correspondences
+    if watched is not None and not load_criterion(watched.criterion, content, name):
+        raise UserError(
+            f"--plot_correspondence: {name} holds no learned matcher; give a checkpoint of the training, not one of "
+            "weights only as checkpoint_best.pth"
+        )
     ema = ModelEma(model, args.ema_decay) if args.use_ema else None
     if ema is not None:
         if "ema" not in content:

@@ -15,7 +15,7 @@ from datasets.collate import collate
 from datasets.lsj import lsj_steps
 from datasets.samplers import NodeCacheBatchSampler, TrainBatchSampler, eval_indices
 from datasets.synthetic import build_synthetic
-from datasets.transforms import Normalize, eval_transforms, train_transforms
+from datasets.transforms import DropEmpty, eval_transforms, train_transforms
 from util.errors import UserError
 
 __all__ = [
@@ -52,7 +52,7 @@ def build_transforms(image_set: str, args: argparse.Namespace) -> nn.Module:
     if args.augment == "lsj":
         train, scale = image_set == "train", tuple(args.lsj_scale)
         steps = lsj_steps(train=train, size=args.lsj_size, scale=scale, antialias=args.antialias)
-        return v2.Compose([*steps, Normalize()])
+        return v2.Compose([*steps, DropEmpty()])
     if image_set == "val":
         return eval_transforms(test_size=args.test_size, max_size=args.max_size, antialias=args.antialias)
     return train_transforms(

@@ -14,6 +14,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_pil_image
 
 from util.errors import UserError
 
@@ -56,8 +57,8 @@ class DetectionDataset(Dataset, ABC):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     @abstractmethod
-    def load(self, index: int) -> tuple[Image.Image, dict]:
-        """Return the RGB image and its sample (see `datasets.transforms`) before any transform."""
+    def load(self, index: int) -> tuple[Tensor, dict]:
+        """Return the image, uint8 RGB (3, h, w), and its sample (see `datasets.transforms`) before any transform."""
 
     @abstractmethod
     def ground_truth(self) -> dict:
@@ -82,8 +83,8 @@ class DetectionDataset(Dataset, ABC):
         """Keep these images in memory where they come from files (`--cache_mode`)."""
 
     def load_image(self, index: int) -> Image.Image:
-        """Return the RGB image as it is in the file."""
-        return self.load(index)[0]
+        """Return the RGB image as it is in the file, for drawing."""
+        return to_pil_image(self.load(index)[0])
 
     @property
     def num_classes(self) -> int:

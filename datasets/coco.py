@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from datasets.annotations import mend_coco, pack, read_coco
 from datasets.base import DetectionDataset
+from datasets.decode import decode_rgb
 from datasets.transforms import has_area, keep_objects
 from util.dist import info
 from util.errors import UserError
@@ -96,31 +95,31 @@ class CocoDetection(DetectionDataset):
         gigabytes = sum(map(len, self._encoded.values())) / 1e9
         info(f"{self.folder}: {len(self._encoded)} encoded images kept in memory, {gigabytes:.2f} GB in this process")
 
-    def load_image(self, index: int) -> Image.Image:
-        """Return image `index` as RGB, in the size of the file."""
+    def _pixels(self, index: int) -> Tensor:
+        """Return image `index` as uint8 RGB (3, h, w), in the size of the file."""
         content = self._encoded.get(index) or self._bytes(index)
         try:
-            image = Image.open(io.BytesIO(content)).convert("RGB")
+            image = decode_rgb(content)
         except Exception as error:  # a decoder may raise anything over a broken file
             raise self._unreadable(index, error) from error
-        noted = tuple(self._sizes[index].tolist())
-        if all(noted) and noted != (image.height, image.width):
+        noted, (height, width) = tuple(self._sizes[index].tolist()), image.shape[1:]
+        if all(noted) and noted != (height, width):
             raise UserError(
-                f"image file {self._file(index)} (image id {self.image_ids[index]}) is {image.width} x {image.height}, "
+                f"image file {self._file(index)} (image id {self.image_ids[index]}) is {width} x {height}, "
                 f"the annotation file says {noted[1]} x {noted[0]}: its boxes would be wrong. Was it resized, or "
                 "turned by its EXIF tag, after it was annotated? Mend the file or its entry"
             )
         return image
 
-    def load(self, index: int) -> tuple[Image.Image, dict]:
-        image = self.load_image(index)
+    def load(self, index: int) -> tuple[Tensor, dict]:
+        image = self._pixels(index)
+        size = height, width = tuple(image.shape[1:])
         rows = slice(self._packed.first[index], self._packed.first[index + 1])
         corners = torch.from_numpy(self._packed.boxes[rows].copy())
         corners[:, 2:] += corners[:, :2]
-        corners[:, 0::2].clamp_(min=0, max=image.width)
-        corners[:, 1::2].clamp_(min=0, max=image.height)
+        corners[:, 0::2].clamp_(min=0, max=width)
+        corners[:, 1::2].clamp_(min=0, max=height)
         labels = torch.from_numpy(self._packed.labels[rows].copy())
-        size = image.height, image.width
         sample = {
             "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
             "labels": labels,

@@ -24,7 +24,8 @@ def pad_images(images: list[Tensor]) -> ImageBatch:
     """Put images (3, h, w) into the top-left corners of one zero canvas, as large as the largest height and width."""
     sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     canvas = (max(h for h, _ in sizes), max(w for _, w in sizes))
-    pixels = images[0].new_zeros(len(images), images[0].shape[0], *canvas)
+    # The colours of a pixel lie side by side, as decoding and resizing leave them: anything else is slow to copy.
+    pixels = images[0].new_zeros(len(images), *canvas, images[0].shape[0]).permute(0, 3, 1, 2)
     padding = torch.ones(len(images), *canvas, dtype=torch.bool)
     for i, (image, (h, w)) in enumerate(zip(images, sizes)):
         pixels[i, :, :h, :w] = image

@@ -1,28 +1,22 @@
-"""COCO box evaluation by pycocotools or, with the same numbers, by faster-coco-eval."""
+"""COCO box evaluation: collects the detections, the packages of `datasets.eval_backends` compute the numbers."""
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import importlib.util
-import io
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from datasets.base import DetectionDataset
-from util.dist import gather_objects
-from util.errors import UserError
+from datasets.eval_backends import MAX_DETECTIONS, NOTHING, Evaluated, as_entries, find_backend
+from util import dist
 from util.structures import Detections, Target
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-MAX_DETECTIONS = [1, 10, 100]  # the standard; more detections per image are saved but do not enter these numbers
 
 
 class ClassRow(NamedTuple):
@@ -36,56 +30,84 @@ class ClassRow(NamedTuple):
     objects: int
 
 
-@dataclass
-class Evaluated:
-    """What COCOeval computed; T IoU thresholds, R recall steps, K categories, A areas, M detection limits."""
-
-    stats: list[float]  # the 12 numbers
-    category_ids: list[int]  # of the K axis
-    precision: np.ndarray  # (T, R, K, A, M), -1 where there is no object
-    recall: np.ndarray  # (T, K, A, M)
-    scores: np.ndarray  # (T, R, K, A, M) score at which that recall is reached
-
-
 class CocoEvaluator:
     """Collects detections, gathers them over processes and computes the twelve COCO numbers.
 
-    Only the images of the data set count, all of them: one without any detection has missed its objects.
+    Only the images of the data set count, all of them: one without any detection has missed its objects. The ground
+    truth is converted here, once: `reset` and use the evaluator again rather than making another one.
 
     Args:
         topk: best detections kept per image.
-        implementation: `pycocotools` is the reference, `faster` is faster-coco-eval, `auto` the latter if installed.
+        implementation: package that computes, a name of `datasets.eval_backends.BACKENDS`, or `auto` for the fastest
+            one that is installed. All give the same numbers.
 
     Raises:
-        UserError: faster-coco-eval was asked for and is not installed.
+        UserError: the package is not installed.
     """
 
     def __init__(self, dataset: DetectionDataset, *, topk: int = 100, implementation: str = "auto") -> None:
-        if implementation not in ("auto", "pycocotools", "faster"):
-            raise ValueError(f"implementation {implementation!r}: use auto, pycocotools or faster")
-        installed = importlib.util.find_spec("faster_coco_eval") is not None
-        if implementation == "faster" and not installed:
-            raise UserError("--evaluator faster: run `pip install faster-coco-eval`, or use pycocotools")
-        self.faster = installed and implementation != "pycocotools"
+        self.backend = find_backend(implementation)(dataset.coco, dataset.image_ids)
         self.dataset, self.topk = dataset, topk
+        self._image_ids = set(dataset.image_ids)
         self._category_ids = np.asarray(dataset.category_ids)
-        self._results: dict[int, np.ndarray] = {}  # image id -> (K, 6): x, y, w, h, score, category id
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self.backend.reset()
+        self._results: dict[int, np.ndarray] = {}  # image id -> (K, 6): x, y, w, h, score, category id; the best first
         self._evaluated: Evaluated | None = None
 
     def update(self, detections: list[Detections], targets: list[Target]) -> None:
-        """Add the detections of a batch; boxes are xyxy in pixels of the original file, labels those of the model."""
-        for found, target in zip(detections, targets, strict=True):
-            scores = found.scores.detach().cpu().double().numpy()
-            best = np.argsort(-scores, kind="stable")[: self.topk]
-            x0, y0, x1, y1 = found.boxes_px.detach().cpu().double().numpy()[best].T
-            categories = self._category_ids[found.labels.cpu().numpy()[best]]
-            rows = np.stack([x0, y0, x1 - x0, y1 - y0, scores[best], categories], axis=1)
-            self._results[int(target.image_id)] = rows[categories >= 0]  # labels that stand for no category drop out
+        """Add the detections of a batch; boxes are xyxy in pixels of the original file, labels those of the model.
+
+        Detections with a number that is not finite are left out. Waits for the device once.
+
+        Raises:
+            ValueError: an image that is not in the data set, or not one target per image.
+        """
+        image_ids = [int(target.image_id) for target in targets]
+        if len(detections) != len(targets) or not self._image_ids.issuperset(image_ids):
+            raise ValueError(
+                f"detections of {len(detections)} images for image ids {image_ids[:8]}: one target per image, and only "
+                "images of the data set"
+            )
+        counts = [len(found.scores) for found in detections]
+        columns = _to_host(detections)
+        rows, image = self._best(columns, np.repeat(np.arange(len(counts)), counts))
+        results = dict(zip(image_ids, _split(rows, np.bincount(image, minlength=len(counts)))))
+        self.backend.add(results)
+        self._results.update(results)
         self._evaluated = None
+
+    def _best(self, columns: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows that are kept, (n, 6), and of which image each is, (n,), image after image, best first.
+
+        Args:
+            columns: (m, 6) x0, y0, x1, y1, score, label of the model.
+            image: (m,) ascending.
+        """
+        finite = np.isfinite(columns).all(axis=1)
+        columns, image = columns[finite], image[finite]
+        order = np.lexsort((-columns[:, 4], image))  # stable: ties keep the order of the model
+        columns = columns[order]
+        rank = np.arange(len(image)) - np.searchsorted(image, image)
+        x0, y0, x1, y1, scores, labels = columns.T
+        categories = self._category_ids[labels.astype(np.int64)]
+        kept = (rank < self.topk) & (categories >= 0)  # labels that stand for no category drop out
+        rows = np.stack([x0, y0, x1 - x0, y1 - y0, scores, categories], axis=1)
+        return rows[kept], image[kept]
 
     def synchronize(self) -> None:
         """Give every process the results of all; keyed by image id, so an image that came twice counts once."""
-        self._results = {image_id: rows for part in gather_objects(self._results) for image_id, rows in part.items()}
+        if not dist.is_distributed():
+            return
+        own = self._results
+        packed = list(own), [len(rows) for rows in own.values()], np.concatenate([NOTHING, *own.values()])
+        self._results = {}
+        for rank, (image_ids, counts, rows) in enumerate(dist.gather_objects(packed)):
+            # The same arrays, not copies of them: the backend knows them and need not match them again.
+            self._results.update(own if rank == dist.rank() else zip(image_ids, _split(rows, counts)))
         self._evaluated = None
 
     def summarize(self) -> dict[str, float | int | list[float]]:
@@ -93,12 +115,12 @@ class CocoEvaluator:
 
         A number is -1 where no object of its kind exists.
         """
-        stats = self._evaluate().stats
+        stats = self.evaluated().stats
         return {"coco_eval_bbox": stats, **dict(zip(METRICS, stats)), "images": len(self._results)}
 
     def per_class(self) -> list[ClassRow]:
         """Return one row per category, in the order of the model labels."""
-        done = self._evaluate()
+        done = self.evaluated()
         shown = set(self.dataset.image_ids)
         objects = dict.fromkeys(done.category_ids, 0)
         for annotation in self.dataset.coco.dataset["annotations"]:
@@ -125,11 +147,7 @@ class CocoEvaluator:
 
     def results(self) -> list[dict]:
         """Return the detections as a COCO results list, images in ascending order of their id."""
-        return [
-            {"image_id": image_id, "category_id": int(row[5]), "bbox": row[:4].tolist(), "score": float(row[4])}
-            for image_id in sorted(self._results)
-            for row in self._results[image_id]
-        ]
+        return as_entries(self._results)
 
     def save(self, folder: str | Path) -> None:
         """Write `results.json` (the list that test servers take) and `per_class.csv` into `folder`."""
@@ -143,42 +161,31 @@ class CocoEvaluator:
 
     def save_eval(self, path: str | Path) -> None:
         """Write the arrays of `Evaluated` as tensors, under the keys of the family's `eval.pth`."""
-        done = self._evaluate()
+        done = self.evaluated()
         arrays = {key: torch.from_numpy(getattr(done, key)) for key in ("precision", "recall", "scores")}
         torch.save({**arrays, "category_ids": done.category_ids, "max_detections": MAX_DETECTIONS}, path)
 
-    def _evaluate(self) -> Evaluated:
+    def evaluated(self) -> Evaluated:
         """Return the evaluation of the results at hand, computed once."""
-        if self._evaluated is not None:
-            return self._evaluated
-        if self.faster:
-            from faster_coco_eval import COCO as Truth
-            from faster_coco_eval import COCOeval_faster as Evaluation
-        else:
-            Truth, Evaluation = COCO, COCOeval
-        with contextlib.redirect_stdout(io.StringIO()):  # both libraries print progress
-            truth = self.dataset.coco if Truth is COCO else Truth(self.dataset.coco.dataset)
-            results = self.results()
-            evaluation = Evaluation(truth, truth.loadRes(results) if results else _nothing_found(truth), iouType="bbox")
-            evaluation.params.imgIds = sorted(self.dataset.image_ids)
-            evaluation.params.maxDets = MAX_DETECTIONS
-            evaluation.evaluate()
-            evaluation.accumulate()
-            evaluation.summarize()
-        self._evaluated = Evaluated(
-            stats=[float(value) for value in evaluation.stats[: len(METRICS)]],
-            category_ids=[int(i) for i in evaluation.params.catIds],
-            **{key: np.array(evaluation.eval[key]) for key in ("precision", "recall", "scores")},
-        )
+        if self._evaluated is None:
+            self._evaluated = self.backend.evaluate(self._results)
         return self._evaluated
 
 
-def _nothing_found(truth: COCO) -> COCO:
-    """Return empty results; `loadRes([])` is an IndexError."""
-    empty = type(truth)()
-    empty.dataset = {key: truth.dataset[key] for key in ("images", "categories")} | {"annotations": []}
-    empty.createIndex()
-    return empty
+def _to_host(detections: list[Detections]) -> np.ndarray:
+    """Return (n, 6) float64 x0, y0, x1, y1, score, label of all detections; one copy from the device."""
+    boxes = torch.cat([found.boxes_px for found in detections])
+    scores = torch.cat([found.scores for found in detections])
+    labels = torch.cat([found.labels for found in detections])
+    # At least float32, which holds labels up to 2^24; not float64, which not every device has.
+    dtype = torch.promote_types(torch.promote_types(boxes.dtype, scores.dtype), torch.float32)
+    columns = torch.cat([part.to(dtype) for part in (boxes, scores[:, None], labels[:, None])], dim=1)
+    return columns.detach().cpu().double().numpy()
+
+
+def _split(rows: np.ndarray, counts: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+    """Return the first `counts[0]` rows, the next `counts[1]`, and so on; views."""
+    return np.split(rows, np.cumsum(counts, dtype=np.int64))[:-1]
 
 
 def _mean_of_valid(values: np.ndarray) -> float:

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch import nn
+from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from datasets.base import DetectionDataset
@@ -236,7 +236,7 @@ class SyntheticDetection(DetectionDataset):
         self.image_ids = list(range(1, length + 1))
         self.set_classes(dict(enumerate(class_names(scene.classes), start=1)), raw=False, num_classes=num_classes)
 
-    def load(self, index: int) -> tuple[Image.Image, dict]:
+    def load(self, index: int) -> tuple[Tensor, dict]:
         drawing = draw_scene(self.scene, self.split, index)
         areas = np.bincount(drawing.owner[drawing.owner >= 0], minlength=len(drawing.labels))
         boxes = torch.from_numpy(drawing.boxes)
@@ -251,7 +251,7 @@ class SyntheticDetection(DetectionDataset):
         if self.with_masks:
             numbers = np.arange(len(drawing.labels))[:, None, None]
             sample["masks"] = tv_tensors.Mask(torch.from_numpy(drawing.owner == numbers))
-        return Image.fromarray(drawing.pixels), sample
+        return torch.from_numpy(drawing.pixels).permute(2, 0, 1), sample
 
     def ground_truth(self) -> dict:
         height, width = self.scene.size

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.assign import Assigner, Request
+from models.assign.dense import PaddedTargets
+from models.assign.health import chosen_slots, duplicates
 from models.losses import LossTerm, cardinality_error, class_error
 from util.structures import (
     Assignment,
@@ -61,6 +63,12 @@ class _Job:
     def slots(self) -> slice:
         start = self.supervised.start
         return slice(start, start + self.supervised.predictions.logits.shape[2])
+
+    @property
+    def decides(self) -> bool:
+        """Whether it gives the targets the queries that inference relies on, one each."""
+        one_each = self.supervision.repeat == 1 and not self.supervision.class_agnostic
+        return self.name == "one2one" and one_each and self.layers[-1] == self.last
 
     def overlaps(self, other: _Job) -> bool:
         """Whether both teach some slot on the same layer."""
@@ -143,7 +151,8 @@ class Criterion(nn.Module):
         values.update(output.aux_logs)
         total = sum(weights[name] * value for name, value in values.items() if name in weights)
         total = total + self._untrained(output, jobs)
-        return LossReport(total, {name: value.detach() for name, value in values.items()}, weights)
+        terms = {name: value.detach() for name, value in values.items()}
+        return LossReport(total, terms, weights, None if self.training else _chosen(batches))
 
     def _batches(self, output: DetectorOutput, targets: list[Target]) -> list[_Batch]:
         """Return all supervisions, those of one stack together."""
@@ -208,8 +217,7 @@ class Criterion(nn.Module):
                     _add(values, weights, name, value, self.weights.get(loss, 1.0))
             self._log(batch, job, own, values)
 
-    @staticmethod
-    def _log(batch: _Batch, job: _Job, pairs: TargetPairs, values: dict[str, Tensor]) -> None:
+    def _log(self, batch: _Batch, job: _Job, pairs: TargetPairs, values: dict[str, Tensor]) -> None:
         """Add the entries that are only logged."""
         scale, logits = job.supervision.weight, batch.predictions.logits.detach()
         if job.layers[-1] == job.last and not job.supervision.class_agnostic:
@@ -220,8 +228,14 @@ class Criterion(nn.Module):
         errors = cardinality_error(logits[:, :, job.slots], objects.to(logits.device, non_blocking=True)).unbind()
         for layer, row in zip(job.layers, batch.rows(job)):
             values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]
+        if not any(job.targets.sizes):
+            return  # without targets an assignment is neither good nor bad: a 0 would spoil averages
         for entry, value in job.assignment.logs.items():
             values[loss_name(entry, job.name, job.last, job.last)] = value
+        if job.decides and not self.training and "dup" not in values:
+            found, padded = batch.predictions, PaddedTargets.of(job.targets)
+            last = batch.layers.index(job.last)
+            values["dup"] = duplicates(found.logits[last, :, job.slots], found.boxes[last, :, job.slots], padded)
 
     @staticmethod
     def _untrained(output: DetectorOutput, jobs: list[_Job]) -> Tensor | float:
@@ -236,6 +250,16 @@ class Criterion(nn.Module):
                 chosen = supervised.predictions.select_layers(rest)
                 nothing = nothing + 0.0 * (chosen.logits.sum() + chosen.boxes.sum())
         return nothing
+
+
+def _chosen(batches: list[_Batch]) -> Tensor | None:
+    """Return the query of every target, for `LossReport`."""
+    for batch in batches:
+        for job in batch.jobs:
+            if job.decides:
+                slots = chosen_slots(job.assignment, batch.layers.index(job.last), job.targets)
+                return torch.where(slots < 0, slots, slots - job.slots.start)
+    return None
 
 
 def _add(values: dict[str, Tensor], weights: dict[str, float], name: str, value: Tensor, weight: float) -> None:

@@ -116,7 +116,7 @@ class Detector(nn.Module):
 
     def project(self, images: ImageBatch) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Return the maps [(B, D, h, w)] of all levels, their position encodings and their paddings [(B, h, w)]."""
-        features = self.backbone(images.pixels, images.padding)
+        features = self.backbone(images.normalized().pixels, images.padding)
         maps = self.input_proj([feature for feature, _ in features])
         paddings = [padding for _, padding in features]
         paddings += [resize_padding(images.padding, m.shape[-2:]) for m in maps[len(features) :]]

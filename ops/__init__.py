@@ -2,6 +2,6 @@
 
 from .module import MSDeformAttn
 from .ms_deform_attn import ms_deform_attn
-from .selection import active_backend, backends, set_backend
+from .selection import active_backend, backends, cpu_isas, set_backend
 
-__all__ = ["MSDeformAttn", "active_backend", "backends", "ms_deform_attn", "set_backend"]
+__all__ = ["MSDeformAttn", "active_backend", "backends", "cpu_isas", "ms_deform_attn", "set_backend"]

@@ -26,8 +26,8 @@ from types import ModuleType
 
 import torch
 
-KERNELS = ("cpu", "cuda")
-SOURCES = {"cpu": "ms_deform_attn.cpp", "cuda": "ms_deform_attn.cu"}
+KERNELS = ("cpu", "cuda")  # of deformable attention, by device
+SOURCES = {"cpu": "ms_deform_attn.cpp", "cuda": "ms_deform_attn.cu", "assignment": "assignment.cpp"}
 BUILD_VARIABLE = "ASSIGNDETR_OPS_BUILD"
 HOW_TO_BUILD = "python ops/setup.py build_ext --inplace"
 # For a build without a GPU in sight and without TORCH_CUDA_ARCH_LIST; PTX covers later cards.
@@ -42,10 +42,11 @@ class BuildError(RuntimeError):
 
 
 def library_name(kind: str) -> str:
-    """Return the file name, without ending, of the library for the kernel `kind`, "cpu" or "cuda"."""
+    """Return the file name, without ending, of the library for the kernel `kind`, one of `SOURCES`."""
     key = hashlib.sha256(f"{torch.__version__} {sysconfig.get_platform()} {compile_flags(kind)}".encode())
     for source in sorted(_CSRC.iterdir()):
-        if source.name == SOURCES[kind] or source.suffix == ".h":
+        owner = source.stem.partition("_")[0]  # cpu_kernels.h belongs to the cpu kernel alone, check.h to all
+        if source.name == SOURCES[kind] or (source.suffix == ".h" and (owner == kind or owner not in SOURCES)):
             key.update(source.read_bytes())
     return f"assigndetr_{kind}_{key.hexdigest()[:12]}"
 
@@ -84,7 +85,7 @@ def why_not_on_first_use(kind: str) -> str | None:
     allowed = os.environ.get(BUILD_VARIABLE, "all")
     if allowed not in ("all", "none", *KERNELS):
         return f"{BUILD_VARIABLE} must be all, none, cpu or cuda, found '{allowed}'"
-    if allowed not in ("all", kind):
+    if allowed not in ("all", "cpu" if kind == "assignment" else kind):
         return f"it is not built, and {BUILD_VARIABLE}={allowed} forbids compiling on first use"
     return why_not_buildable(kind)
 

@@ -1,6 +1,8 @@
 """Which implementation of the operator runs: the compiled kernels where there are any, plain PyTorch elsewhere.
 
-Automatic unless forced by `set_backend` or, below that, by the environment variable ASSIGNDETR_OPS_BACKEND.
+Automatic unless forced by `set_backend` or, below that, by the environment variable ASSIGNDETR_OPS_BACKEND. The `cpu`
+kernel takes the fastest instruction set of the machine unless ASSIGNDETR_CPU_ISA names another: avx512, avx2, portable.
+It is read in every call, so that tests and benchmarks can go through all of them.
 """
 
 import os
@@ -12,6 +14,7 @@ from . import build
 
 BACKENDS = ("reference", "cpu", "cuda")
 VARIABLE = "ASSIGNDETR_OPS_BACKEND"
+ISA_VARIABLE = "ASSIGNDETR_CPU_ISA"  # kIsaVariable in csrc/cpu_dispatch.h
 
 _forced = "auto"
 _failed: dict[str, str] = {}  # kernel -> why it could not be loaded; one attempt per process
@@ -69,6 +72,34 @@ def active_backend(device: torch.device | str) -> str:
     return "reference"
 
 
+def cpu_isas() -> tuple[str, ...]:
+    """Return the instruction sets the `cpu` kernel can use on this machine, the fastest first.
+
+    Raises:
+        ValueError: if there is no `cpu` kernel. It is compiled if it was not before.
+    """
+    if not _load("cpu"):
+        raise ValueError(f"the ops backend 'cpu' is not available: {_failed['cpu']}")
+    return tuple(torch.ops.assigndetr_ext.cpu_isas())
+
+
+def use_compiled(kind: str, otherwise: str) -> bool:
+    """Return whether compiled code that belongs to no device runs, building it if it was not built yet.
+
+    It does not where it cannot be built, which is said once, and never with the backend "reference".
+
+    Args:
+        kind: of `build.SOURCES`.
+        otherwise: what runs without it, for the message.
+    """
+    name = _forced if _forced != "auto" else os.environ.get(VARIABLE)
+    if name == "reference":
+        return False
+    if not _load(kind):
+        _report(kind, otherwise)
+    return kind in _loaded
+
+
 def _load(kind: str) -> bool:
     """Load a compiled kernel, building it if necessary; False, with the reason in `_failed`, if that fails."""
     if kind not in _loaded and kind not in _failed:
@@ -80,14 +111,14 @@ def _load(kind: str) -> bool:
     return kind in _loaded
 
 
-def _report(kind: str) -> None:
+def _report(kind: str, otherwise: str = "the slower reference") -> None:
     """Say once, on one line and from one process per machine, that the compiled kernel is missing."""
     if kind in _reported:
         return
     _reported.add(kind)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
-            f"ops: no {kind} kernel, using the slower reference: {_failed[kind]}. To build it: {build.HOW_TO_BUILD}",
+            f"ops: no {kind} kernel, using {otherwise}: {_failed[kind]}. To build it: {build.HOW_TO_BUILD}",
             file=sys.stderr,
             flush=True,
         )

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import ops
-from models import build_model
-from tests.tiny import TWO_STAGE, tiny_args, tiny_images, tiny_targets
+from models import build_criterion, build_model
+from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
+from tests.unit.soft_cases import output_of, random_predictions, random_target
+from util.structures import Predictions
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +38,35 @@ def test_losses_on_the_gpu_are_those_on_the_cpu(flags: str) -> None:
 def test_a_mixed_precision_step_on_the_gpu_is_finite(dtype: torch.dtype) -> None:
     with torch.autocast("cuda", dtype):
         assert losses("cuda", TWO_STAGE)["loss_ce"] > 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--matcher cost-greedy",
+        "--matcher soft",
+        "--matcher soft-literal",
+        "--matcher soft --scg rounds --soft_extra_layers 1 --cls_target hard",
+        "--matcher soft --scg rowpeak --column_competition sinkhorn --no-soft_background",
+        "--matcher soft --probe_per_layer --layer_consistency last --probe_value prediction",
+    ],
+)
+def test_matching_without_a_solver_and_its_losses_never_wait_for_the_gpu(flags: str) -> None:
+    criterion = build_criterion(tiny_args(flags)).to("cuda")
+    predictions = random_predictions()
+    predictions = Predictions(
+        predictions.logits.cuda().requires_grad_(),
+        predictions.boxes.cuda().requires_grad_(),
+        embeds=[x.cuda().requires_grad_() for x in predictions.embeds],
+    )
+    for targets in ([random_target(5), random_target(2)], [make_target(), make_target()]):
+        on_device = [t.to("cuda") for t in targets]
+        criterion(output_of(predictions), on_device, 0.0).total.backward()  # kernels and memory are there afterwards
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            criterion(output_of(predictions), on_device, 0.0).total.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_compiled_kernel_is_the_one_in_use() -> None:

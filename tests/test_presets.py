@@ -18,6 +18,7 @@ FULL_SIZE = [CONFIGS / "bccd" / "r18_cpu.sh", *sorted((CONFIGS / "deformable_det
 FULL_SIZE += [CONFIGS / "h_detr" / f"hybrid_{name}_36ep.sh" for name in ("r50", "swin_tiny", "swin_large")]
 FULL_SIZE += [CONFIGS / "dab_dino" / f"{name}.sh" for name in ("dab_deformable_r50_50ep", "dino_5scale_r50_12ep")]
 FULL_SIZE += [CONFIGS / "co_detr" / f"k2_{name}_12ep.sh" for name in ("swin_small", "swin_base", "swin_large")]
+FULL_SIZE += [CONFIGS / "match_free" / "variants" / "soft.sh"]
 SMALL = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hybrid_layers 1 --hidden_dim 64 --dim_feedforward 96 "
     "--num_queries_one2one 30 --topk 100"
@@ -64,7 +65,8 @@ def train_and_detect(args: Namespace, sizes: list[tuple[int, int]]) -> None:
     report = criterion(output, targets)
     report.total.backward()
     assert torch.isfinite(report.total)
-    untouched = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    named = [*model.named_parameters(), *criterion.named_parameters()]  # a learned matcher has some too
+    untouched = [n for n, p in named if p.requires_grad and p.grad is None]
     assert not untouched, f"parameters without a gradient would stop a distributed run: {untouched[:5]}"
     with torch.no_grad():
         output = model.eval()(images)

@@ -12,7 +12,8 @@ BRANCH_ONLY = {"one2many_groups": "joint", "one2many_proposals": "rank", "one2ma
 # Flags that only a learned matcher reads.
 SOFT_ONLY = (
     "scg scg_rho scg_switch soft_norm column_competition soft_warmup soft_warmup_share probe_entropy corr_grad "
-    "corr_class live_weights extra_cls soft_background soft_extra_layers probe_logits logit_scale_max box_code key_box"
+    "corr_class live_weights extra_cls soft_background soft_extra_layers probe_logits logit_scale_max box_code key_box "
+    "probe_per_layer probe_value layer_consistency"
 ).split()
 
 
@@ -42,6 +43,7 @@ def _bounds(a: argparse.Namespace) -> Rules:
     positive += "save_every eval_every max_nonfinite print_freq".split()
     positive += "recipe_batch_size lr_drop max_size lsj_size dist_timeout max_pos_coords roi_samples".split()
     not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
+    not_negative.append("plot_correspondence")
     not_negative += (
         "lr lr_backbone weight_decay num_queries_one2many k_one2many lambda_one2many lambda1 lambda2 aux_convs".split()
     )
@@ -211,6 +213,15 @@ def _matcher_rules(a: argparse.Namespace) -> Rules:
     layers = a.soft_extra_layers or 0
     return [
         (bool(given) and not learned, f"{', '.join(given)}: nothing is learned here; add --matcher soft"),
+        (
+            a.plot_correspondence > 0 and not a.matcher.startswith("soft"),
+            f"--plot_correspondence {a.plot_correspondence}: --matcher {a.matcher} learns no correspondences; "
+            "add --matcher soft",
+        ),
+        (
+            a.plot_correspondence > 0 and not a.output_dir,
+            f"--plot_correspondence {a.plot_correspondence} draws into --output_dir: give one",
+        ),
         (bool(a.enc_matcher) and not a.two_stage, f"--enc_matcher {a.enc_matcher} is for --two_stage: add it"),
         (
             a.cls_target in ("weight", "pairwise") and not a.matcher.startswith("soft"),
@@ -234,6 +245,23 @@ def _matcher_rules(a: argparse.Namespace) -> Rules:
             "--logit_scale_max is for --probe_logits cosine: dot products have no scale",
         ),
         (not 0 <= layers <= a.dec_layers, f"--soft_extra_layers {layers}: 0 to --dec_layers {a.dec_layers}"),
+        *_consistency_rules(a, layers),
+    ]
+
+
+def _consistency_rules(a: argparse.Namespace, extra_layers: int) -> Rules:
+    last = a.layer_consistency == "last"
+    flag = "--layer_consistency last"
+    return [
+        (last and not a.aux_loss, f"{flag}: without auxiliary losses the last layer is the only one; leave it out"),
+        (
+            last and extra_layers > 0,
+            f"{flag}: with the pairs of the last layer early ones have no extra positives; drop --soft_extra_layers",
+        ),
+        (
+            last and not a.matcher.startswith("soft"),
+            f"{flag} is about decoder layers, which --matcher {a.matcher} serves: add --matcher soft",
+        ),
     ]
 
 

@@ -161,8 +161,9 @@ def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--evaluator",
         default="auto",
-        choices=["auto", "pycocotools", "faster"],
-        help="AP implementation; auto: faster-coco-eval if installed, else pycocotools",
+        choices=["auto", "pycocotools", "faster-coco-eval", "hotcoco"],
+        help="package that computes AP, all give the same numbers; auto: the fastest that is installed, of hotcoco, "
+        "faster-coco-eval and pycocotools (pip install hotcoco for the fastest)",
     )
     group.add_argument("--nms_iou", default=0.0, type=float, help="IoU above which NMS drops a detection; 0: no NMS")
     group.add_argument(

@@ -192,7 +192,7 @@ def load_criterion(criterion: nn.Module, content: Mapping[str, Any], name: str) 
     except RuntimeError as error:
         raise UserError(
             f"checkpoint {name} was trained with another matcher: use its --matcher, --enc_matcher, --probe_logits, "
-            f"--box_code and --key_box ({str(error).splitlines()[-1].strip()})"
+            f"--box_code, --key_box and --probe_per_layer ({str(error).splitlines()[-1].strip()})"
         ) from error
     return True
 

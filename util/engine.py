@@ -15,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from util import dist
+from util.correspondence import Correspondences
+from util.flips import Flips
 from util.logger import Meters, Progress, max_memory_mb
 from util.nonfinite import NonFiniteGuard
 from util.rng import isolated_rng
@@ -163,6 +165,8 @@ def evaluate(
     *,
     epoch: int = 0,
     keep: int = 0,
+    flips: Flips | None = None,
+    correspondences: Correspondences | None = None,
 ) -> tuple[dict[str, float | list[float]], list[Detections]]:
     """Evaluate on the images of `loader`; leaves no trace in the random numbers of training.
 
@@ -171,6 +175,8 @@ def evaluate(
         criterion: to log losses as well; None: not.
         evaluator: gets the detections of this process and merges those of the others.
         keep: number of images whose detections are returned, for drawing.
+        flips: remembers which queries objects had in the evaluation before; with a criterion only.
+        correspondences: notes those of its images.
 
     Returns:
         Averages of the losses and the results of the evaluator, keys as in `log.txt` without the prefix `test_`; and
@@ -188,11 +194,18 @@ def evaluate(
             with settings.autocast(device):
                 output = model(images, None, epoch)
                 if criterion is not None:
-                    meters.update_losses(criterion(output, targets))
+                    report = criterion(output, targets)
+                    meters.update_losses(report)
+                    if flips is not None and report.chosen is not None:
+                        flips.see(targets, report.chosen)
+                if correspondences is not None:
+                    correspondences.see(output, targets)
             detections = postprocessor(output, [t.orig_size for t in targets], [t.image_id for t in targets])
             evaluator.update(detections, targets)
             kept += detections[: keep - len(kept)] if len(kept) < keep else []
         stats = meters.global_averages()
+        if flips is not None:
+            stats.update(flips.finish())
         evaluator.synchronize()
         stats.update(evaluator.summarize())
     return stats, kept

@@ -22,7 +22,7 @@ from util.checkpoint import remove_stale
 from util.errors import UserError
 from util.optim import lr_scale_factor
 
-PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pycocotools", "faster-coco-eval", "timm", "pillow")
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pycocotools", "faster-coco-eval", "hotcoco", "timm", "pillow")
 
 
 def prepare_output_dir(name: str) -> Path | None:

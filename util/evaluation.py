@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from datasets.eval_backends import find_backend
 from datasets.evaluators import CocoEvaluator
 from util import dist
+from util.correspondence import Correspondences
 from util.engine import StepSettings, evaluate
 from util.flips import Flips
 from util.optim import ModelEma
@@ -35,7 +38,16 @@ class Evaluation:
     topk: int = 100
     evaluator: str = "auto"
     draw: int = 8  # images drawn
+    correspondences: Correspondences | None = None  # what a learned matcher makes of some images
     flips: dict[str, Flips] = field(default_factory=dict)  # of the weights and of their average
+
+    def __post_init__(self) -> None:
+        find_backend(self.evaluator)  # a package that is missing is better told now than after an epoch
+
+    @cached_property
+    def _collector(self) -> CocoEvaluator:
+        """Made for the first evaluation and used for all: it reads and converts the ground truth."""
+        return CocoEvaluator(self.loader.dataset, topk=self.topk, implementation=self.evaluator)
 
     def run(self, model: nn.Module, ema: ModelEma | None, epoch: int, *, final: bool = False) -> dict[str, Any]:
         """Evaluate the weights, and their average if there is one.
@@ -47,6 +59,8 @@ class Evaluation:
             Log entries `test_*` and, of the average, `ema_test_*`.
         """
         entry = self._one(model, "test_", epoch, self._arrays(epoch, final))
+        if self.correspondences is not None:
+            self.correspondences.finish(epoch, self.output_dir / f"correspondence{'_eval' * final}")
         if ema is not None:
             entry.update(self._one(ema.module, "ema_test_", epoch, []))
         return entry
@@ -59,7 +73,8 @@ class Evaluation:
     def _one(self, model: nn.Module, prefix: str, epoch: int, arrays: list[str]) -> dict[str, Any]:
         dataset = self.loader.dataset
         dist.broadcast_buffers(model)  # what a checkpoint holds is what is evaluated
-        evaluator = CocoEvaluator(dataset, topk=self.topk, implementation=self.evaluator)
+        evaluator = self._collector
+        evaluator.reset()
         stats, first = evaluate(
             model,
             self.criterion,
@@ -71,6 +86,7 @@ class Evaluation:
             epoch=epoch,
             keep=self.draw,
             flips=self.flips.setdefault(prefix, Flips()),
+            correspondences=self.correspondences if prefix == "test_" else None,
         )
         dist.info(evaluator.table())
         shown = (f"{100 * n:.1f}" if n >= 0 else "-" for n in stats["coco_eval_bbox"])  # -1: there is no object

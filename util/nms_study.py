@@ -51,10 +51,10 @@ def study(
     """Evaluate every group of `model` on the images of `loader`, without and with NMS."""
     for source in model.groups.values():
         source.training_only = False
-    rows = []
+    rows, evaluator = [], CocoEvaluator(loader.dataset, topk=topk)
     for group in model.groups:
         for threshold in (0.0, nms_iou):
-            evaluator = CocoEvaluator(loader.dataset, topk=topk)
+            evaluator.reset()
             postprocessor = PostProcessor(topk, nms_iou=threshold, group=group)
             stats, _ = evaluate(model, None, postprocessor, loader, evaluator, settings, device)
             rows.append(Row(group, threshold, *stats["coco_eval_bbox"][:3]))

@@ -1,6 +1,6 @@
 """Curves of a run, read from its `log.txt` alone.
 
-python -m util.plot exps/a                          loss.png and ap.png in exps/a
+python -m util.plot exps/a                          loss.png, ap.png (and health.png) in exps/a
 python -m util.plot exps/a exps/b --out compare     both runs in the same pictures, in compare/
 """
 
@@ -26,13 +26,25 @@ LOSSES = (
     ("class error, %", "class_error"),
     ("learning rate", "lr"),
 )
+# (title, key, value of a dotted line or None, what it means); see models/assign/health.py.
+HEALTH = (
+    ("distinct queries per object", "distinct", 0.7, "below 0.7: collapse"),
+    ("objects without a query", "unassigned", 0.02, "above 0.02: too many"),
+    ("strongest correspondence", "c_max", 0.99, "above 0.99 in the first tenth: saturated"),
+    ("agreement with Hungarian", "agree", 0.3, "below 0.3 late: poor choice"),
+    ("cost above the optimum", "regret", None, ""),
+    ("surplus detections per object", "dup", 0.2, "healthy below 0.2"),
+    ("agreement, small objects", "agree_small", 0.3, "below 0.3 late: poor choice"),
+    ("cost, small objects", "regret_small", None, ""),
+    ("objects with another query than before", "flip", None, ""),
+)
 # Positions in the 12 numbers of COCO evaluation.
 PRECISIONS = (("AP", 0), ("AP50", 1), ("AP75", 2))
 SIZES = (("AP small", 3), ("AP medium", 4), ("AP large", 5))
 
 
 def plot_run(output_dir: Path) -> list[Path]:
-    """Write `loss.png` and, if the run was evaluated, `ap.png` into the folder of a run.
+    """Write `loss.png` and, if there is something for them, `ap.png` and `health.png` into the folder of a run.
 
     Args:
         output_dir: folder of a run, with its `log.txt`.
@@ -47,7 +59,10 @@ def plot_run(output_dir: Path) -> list[Path]:
 
 
 def plot_runs(output_dirs: Sequence[Path], folder: Path) -> list[Path]:
-    """Write `loss.png` and `ap.png` with the curves of several runs into `folder`; otherwise as `plot_run`."""
+    """Write the same with the curves of several runs into `folder`.
+
+    `ap.png` needs a run that was evaluated, `health.png` one that matches without a solver.
+    """
     runs = {name: read_log(Path(path)) for name, path in zip(_names(output_dirs), output_dirs)}
     plt = _pyplot()
     folder = Path(folder)
@@ -55,6 +70,8 @@ def plot_runs(output_dirs: Sequence[Path], folder: Path) -> list[Path]:
     written = [_save(plt, _loss_figure(plt, runs), folder / "loss.png")]
     if any("test_coco_eval_bbox" in entry for entries in runs.values() for entry in entries):
         written.append(_save(plt, _ap_figure(plt, runs), folder / "ap.png"))
+    if any("train_unassigned_unscaled" in entry for entries in runs.values() for entry in entries):
+        written.append(_save(plt, _health_figure(plt, runs), folder / "health.png"))
     return written
 
 
@@ -134,6 +151,33 @@ def _ap_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
         _finish(axes, title, legend=True)
         axes.set_ylim(0, 1)
     return figure
+
+
+def _health_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
+    """Draw the measures of assignments that some run has: cost-greedy has fewer, Hungarian matching hardly any."""
+    entries = [entry for run in runs.values() for entry in run]
+    shown = [m for m in HEALTH if any(_measure(p, m[1])(e) is not None for p in ("train", "test") for e in entries)]
+    rows = -(-len(shown) // 3)
+    figure, grid = plt.subplots(rows, 3, figsize=(13, 3.4 * rows), layout="constrained", squeeze=False)
+    for axes in grid.flat[len(shown) :]:
+        axes.set_axis_off()
+    for axes, (title, key, limit, meaning) in zip(grid.flat, shown):
+        for number, (name, own) in enumerate(runs.items()):
+            for part, style in (("train", "-"), ("test", "--")):
+                label = part if len(runs) == 1 else f"{name}, {part}"
+                _draw(axes, *curve(own, _measure(part, key)), label, f"C{number}", style)
+        _finish(axes, f"{title} ({key})", legend=False)
+        if limit is not None:
+            axes.axhline(limit, color="red", linestyle=":", label=meaning)
+        if "regret" not in key:
+            axes.set_ylim(bottom=0)
+        axes.legend(fontsize="small")
+    return figure
+
+
+def _measure(part: str, key: str) -> Callable[[Entry], float | None]:
+    """Return a reader of a measure; those that do not come from the criterion have no suffix."""
+    return lambda entry: entry.get(f"{part}_{key}_unscaled", entry.get(f"{part}_{key}"))
 
 
 def _draw(axes: Any, epochs: list[int], values: list[float], label: str, color: str, style: str) -> None:

@@ -97,6 +97,13 @@ def add_soft(parser: argparse.ArgumentParser) -> None:
         "the same as close to the paper as is known",
     )
     group.add_argument(
+        "--plot_correspondence",
+        default=0,
+        type=int,
+        help="with --matcher soft: draw the correspondences of so many evaluated images over the epochs into "
+        "OUTPUT_DIR/correspondence",
+    )
+    group.add_argument(
         "--enc_matcher",
         choices=["hungarian", "cost-greedy", "soft"],
         help=_taken(
@@ -161,6 +168,22 @@ def _add_probe(group: argparse._ArgumentGroup) -> None:
         help=_taken("the probe sees the predicted boxes of queries", "on", "off"),
     )
     group.add_argument(
+        "--probe_per_layer",
+        action=SWITCH,
+        default=None,
+        help=_taken("a probe for each supervised layer and one for proposals, in place of one for all", "off"),
+    )
+    group.add_argument(
+        "--probe_value",
+        choices=["cost", "prediction"],
+        help=_taken("what the correspondence loss averages: costs of pairs, or predictions, before their cost", "cost"),
+    )
+    group.add_argument(
+        "--layer_consistency",
+        choices=["none", "last"],
+        help=_taken("last: the pairs and weights of the last decoder layer teach all layers", "none"),
+    )
+    group.add_argument(
         "--column_competition",
         choices=["none", "dual", "center", "sinkhorn"],
         help=_taken("how objects compete for a query", "dual", "none"),
@@ -181,7 +204,7 @@ def _add_probe(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--corr_grad",
         choices=["probe", "probe+query", "full"],
-        help=_taken("what the correspondence loss trains; full: predictions too", "probe+query", "full"),
+        help=_taken("what the correspondence loss trains; full: predictions too", "probe", "full"),
     )
     group.add_argument(
         "--corr_class",

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from util.pixels import normalize
+
 LevelShapes = tuple[tuple[int, int], ...]
 # What supervisions ask an assigner for: decoder queries or encoder proposals. Flags say which assigner serves which.
 Role = Literal["queries", "proposals"]
@@ -39,7 +41,7 @@ class _Movable:
 class ImageBatch(_Movable):
     """Images in the top-left corners of one canvas."""
 
-    pixels: Tensor  # (B, 3, H, W) normalised, zero at padding
+    pixels: Tensor  # (B, 3, H, W) uint8 RGB as loaded; or float, then normalised and zero at padding
     padding: Tensor  # (B, H, W) bool, True where there is no image
     sizes: list[tuple[int, int]]  # (h, w) of each image inside the canvas, python ints
 
@@ -48,6 +50,15 @@ class ImageBatch(_Movable):
 
     def pin_memory(self) -> ImageBatch:
         return replace(self, pixels=self.pixels.pin_memory(), padding=self.padding.pin_memory())
+
+    def normalized(self) -> ImageBatch:
+        """Return the batch with normalised float pixels, exactly zero at padding; a float batch is returned as it is.
+
+        The detector calls it, so that whoever has a batch may hand it over as it came from the loader.
+        """
+        if self.pixels.is_floating_point():
+            return self
+        return replace(self, pixels=normalize(self.pixels).masked_fill_(self.padding[:, None], 0.0))
 
 
 @dataclass
@@ -68,6 +79,13 @@ class Target(_Movable):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def file_area(self) -> Tensor:
+        """Return the areas (M,) in pixels of the file, as COCO sorts objects by size; of the boxes if none is given."""
+        height, width = self.orig_size
+        if self.area is None or 0 in self.size:
+            return self.boxes[:, 2:].float().prod(1) * (height * width)
+        return self.area * (height * width / (self.size[0] * self.size[1]))
+
     def pin_memory(self) -> Target:
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v.pin_memory() for k, v in pinned.items() if isinstance(v, Tensor)})
@@ -83,6 +101,7 @@ class FlatTargets:
     starts: Tensor  # (B,) int64, index of the first target of each image
     sizes: list[int]  # number of targets of each image
     image_ids: list[int]
+    source: Sequence[Target] = ()  # what was laid flat
 
     @classmethod
     def of(cls, targets: Sequence[Target]) -> FlatTargets:
@@ -93,7 +112,11 @@ class FlatTargets:
         starts = [0, *accumulate(sizes)][:-1]
         index = torch.tensor(image + starts, dtype=torch.int64).to(labels.device, non_blocking=True)
         ids = [t.image_id for t in targets]
-        return cls(labels, boxes, *index.split([len(image), len(starts)]), sizes, ids)
+        return cls(labels, boxes, *index.split([len(image), len(starts)]), sizes, ids, targets)
+
+    def file_area(self) -> Tensor:
+        """Return the areas (M,) in pixels of the files."""
+        return torch.cat([t.file_area() for t in self.source])
 
 
 @dataclass
@@ -277,6 +300,8 @@ class LossReport:
     total: Tensor  # scalar to back-propagate
     terms: dict[str, Tensor]  # detached scalars, keys as the family's logs know them, before the term weights
     weights: dict[str, float]  # weight of each entry of `terms` in the total; log-only entries are absent
+    # In evaluation: (M,) int64, the query of every target, one image after the other, on the last layer; -1 = none.
+    chosen: Tensor | None = None
 
 
 @dataclass

@@ -5,11 +5,12 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from functools import partial
 
 from models.assign.dense import PairCosts
 from models.assign.greedy import GreedyMatcher
 from models.assign.hungarian import HungarianMatcher, Request
-from models.assign.probe import Probe
+from models.assign.probe import LayerwiseProbe, Probe
 from models.assign.soft import LITERAL, SoftMatcher, SoftOptions
 from models.parts import num_classes
 from util.structures import Assignment, Role
@@ -21,6 +22,7 @@ __all__ = [
     "Assigner",
     "GreedyMatcher",
     "HungarianMatcher",
+    "LayerwiseProbe",
     "Probe",
     "Request",
     "SoftMatcher",
@@ -58,7 +60,20 @@ def _build(name: str, args: Namespace) -> Assigner:
     options = replace(
         LITERAL if literal else SoftOptions(), **{key: value for key, value in given.items() if value is not None}
     )
-    probe = Probe(
+    return SoftMatcher(
+        _probe(args, literal),
+        PairCosts(**weights, all_classes=_or(args.corr_class, "full" if literal else "match") == "full"),
+        options,
+        epochs=args.epochs,
+        proposals=args.num_queries_one2one,
+        teacher=HungarianMatcher(**weights) if options.soft_warmup == "teacher" else None,
+    )
+
+
+def _probe(args: Namespace, literal: bool) -> Probe | LayerwiseProbe:
+    """Return one probe for all that is matched softly, or one for every supervised layer of it."""
+    make = partial(
+        Probe,
         args.hidden_dim,
         num_classes(args),
         logits=_or(args.probe_logits, "dot" if literal else "cosine"),
@@ -66,14 +81,11 @@ def _build(name: str, args: Namespace) -> Assigner:
         box_code=_or(args.box_code, "raw" if literal else "sine"),
         key_box=_or(args.key_box, not literal),
     )
-    return SoftMatcher(
-        probe,
-        PairCosts(**weights, all_classes=_or(args.corr_class, "full" if literal else "match") == "full"),
-        options,
-        epochs=args.epochs,
-        proposals=args.num_queries_one2one,
-        teacher=HungarianMatcher(**weights) if options.soft_warmup == "teacher" else None,
-    )
+    if not args.probe_per_layer:
+        return make()
+    layers = range(0 if args.aux_loss else args.dec_layers - 1, args.dec_layers)
+    queries = layers if args.matcher.startswith("soft") else ()
+    return LayerwiseProbe(make, queries, proposals=args.enc_matcher == "soft")
 
 
 def _or(given, otherwise):

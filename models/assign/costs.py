@@ -15,7 +15,11 @@ ALPHA, GAMMA, EPS = 0.25, 2.0, 1e-8
 
 def class_cost(logits: Tensor) -> Tensor:
     """Return the focal cost of the class whose logit is given, same shape."""
-    p = logits.sigmoid()
+    return probability_cost(logits.sigmoid())
+
+
+def probability_cost(p: Tensor) -> Tensor:
+    """Return the focal cost of the class whose probability is given, same shape."""
     positive = ALPHA * (1 - p) ** GAMMA * -(p + EPS).log()
     negative = (1 - ALPHA) * p**GAMMA * -(1 - p + EPS).log()
     return positive - negative

@@ -5,12 +5,12 @@ Shape letters: `G` = layers times images, the layers one after the other; `M` ta
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from models.assign.costs import ALPHA, EPS, GAMMA, class_cost, giou_cost
+from models.assign.costs import ALPHA, EPS, GAMMA, class_cost, giou_cost, l1_cost, probability_cost
 from models.assign.hungarian import COSTS_AT_ONCE, Request
 from util.boxes import cxcywh_to_xyxy
 from util.structures import FlatTargets
@@ -93,6 +93,10 @@ class Slots:
             self.layers,
         )
 
+    def detached(self) -> Slots:
+        """Return the slots with predictions that get no gradient."""
+        return replace(self, logits=self.logits.detach(), boxes=self.boxes.detach())
+
     def place(self, group: Tensor, slot: Tensor) -> Tensor:
         """Return where the slots `slot` of the rows `group` of G are in the predictions."""
         return slot + self.start if self.index is None else self.index[group, slot]
@@ -125,7 +129,7 @@ class PairCosts:
         step = max(COSTS_AT_ONCE // max(entries, 1), 1)
         # The coordinate comes first in memory: whole planes are faster than every fourth number.
         planes = torch.cat([slots.boxes, cxcywh_to_xyxy(slots.boxes)], -1).permute(2, 0, 1).contiguous()
-        quiet = self._other_classes(slots.logits) if self.all_classes else None
+        quiet = _silence(slots.logits.sigmoid()).sum(-1) if self.all_classes else None
         parts = [
             self._chunk(slots.logits, planes, quiet, labels[:, i : i + step], boxes[:, i : i + step])
             for i in range(0, labels.shape[1], step)
@@ -147,8 +151,25 @@ class PairCosts:
             classes = classes + quiet[:, None]
         return self.cost_class * classes + geometry, geometry
 
-    @staticmethod
-    def _other_classes(logits: Tensor) -> Tensor:
-        """Return the focal cost of saying nothing, summed over classes, (G, N)."""
-        p = logits.sigmoid()
-        return ((1 - ALPHA) * p**GAMMA * -(1 - p + EPS).log()).sum(-1)
+    def of_mean(self, c: Tensor, slots: Slots, labels: Tensor, boxes: Tensor) -> Tensor:
+        """Return the cost (G, M) of the mean prediction that each target gets, in place of a mean of costs.
+
+        Classes are averaged as probabilities: linear in `c`, and a mean of logits would be ruled by the many slots that
+        are sure of saying nothing.
+
+        Args:
+            c: (G, M, N), rows of sum 1.
+            slots: what is averaged; boxes as cxcywh.
+            labels, boxes: (G, M) and (G, M, 4) of the targets.
+        """
+        classes, found = c @ slots.logits.sigmoid(), c @ slots.boxes
+        cost = probability_cost(classes.gather(2, labels[..., None])[..., 0])
+        if self.all_classes:
+            cost = cost + _silence(classes).sum(-1)
+        overlap = 1 + giou_cost(cxcywh_to_xyxy(found), cxcywh_to_xyxy(boxes))
+        return self.cost_class * cost + self.cost_bbox * l1_cost(found, boxes) + self.cost_giou * overlap
+
+
+def _silence(p: Tensor) -> Tensor:
+    """Return the focal cost of saying nothing where probabilities are `p`, same shape."""
+    return (1 - ALPHA) * p**GAMMA * -(1 - p + EPS).log()

@@ -67,8 +67,8 @@ class GreedyMatcher(nn.Module):
         left = (targets.valid & ~has[-images:].any(-1)).sum() / targets.valid.sum().clamp(min=1)
         if request.supervision.class_agnostic or request.supervision.repeat > 1:
             return {"unassigned": left}
-        logs = {"unassigned": left, "dup": duplicates(slots, targets)}
+        logs = {"unassigned": left, "dup": duplicates(slots.logits[-images:], slots.boxes[-images:], targets)}
         if not self.training:
             weights = torch.zeros_like(costs.total).scatter_add(2, slot, has.float())
-            logs |= against_optimum(weights[-images:], costs.total[-images:], targets.sizes)
+            logs |= against_optimum(weights[-images:], costs.total[-images:], request.targets)
         return logs

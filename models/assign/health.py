@@ -9,19 +9,24 @@
 | `dup` | below 0.2 | rising |
 | `agree` | above 0.8 late | below 0.3 late |
 | `regret` | falls to some per cent of the optimal cost | grows |
+| `agree_small`, `regret_small` | the same for small objects, where the paper loses | |
+| `flip` (util/flips.py) | below that of `--matcher hungarian` | |
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from models.assign.dense import PaddedTargets, Slots
+from models.assign.dense import PaddedTargets
 from models.assign.hungarian import UNMATCHABLE, match
 from util.boxes import cxcywh_to_xyxy, paired_iou
+from util.structures import Assignment, FlatTargets
 
 DETECTED = 0.3  # score from which a slot counts as a detection
 SAME_OBJECT = 0.5  # IoU from which it is one of an object
+SMALL = 32**2  # largest area of what COCO calls small, in pixels of the file
 
 
 @torch.no_grad()
@@ -47,39 +52,68 @@ def health(kept: Tensor, valid: Tensor, c: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def duplicates(slots: Slots, targets: PaddedTargets) -> Tensor:
-    """Return, per target, how many detections of it on the last layer are one too many (a scalar)."""
-    images = len(targets.sizes)
-    boxes, labels = targets.boxes[:, :, None], targets.valid[..., None]
-    found = slots.boxes[-images:, None]
-    iou = paired_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(boxes))
-    scored = slots.logits[-images:, None].amax(-1).sigmoid() > DETECTED
-    detections = ((iou > SAME_OBJECT) & scored & labels).sum(2)
+def duplicates(logits: Tensor, boxes: Tensor, targets: PaddedTargets) -> Tensor:
+    """Return, per target, how many detections of it are one too many (a scalar); any matcher may be asked.
+
+    Args:
+        logits: (B, N, C) of one layer.
+        boxes: (B, N, 4) cxcywh.
+        targets: of the B images.
+    """
+    own, valid = targets.boxes[:, :, None], targets.valid[..., None]
+    iou = paired_iou(cxcywh_to_xyxy(boxes[:, None].float()), cxcywh_to_xyxy(own))
+    scored = logits[:, None].float().amax(-1).sigmoid() > DETECTED
+    detections = ((iou > SAME_OBJECT) & scored & valid).sum(2)
     return (detections - 1).clamp(min=0).sum() / targets.valid.sum().clamp(min=1)
 
 
 @torch.no_grad()
-def against_optimum(weights: Tensor, costs: Tensor, sizes: list[int]) -> dict[str, Tensor]:
+def against_optimum(weights: Tensor, costs: Tensor, targets: FlatTargets) -> dict[str, Tensor]:
     """Compare an assignment with the optimal one-to-one matching of the same costs; waits for the device.
 
     Args:
         weights: (B, M, N) of the pairs.
         costs: (B, M, N).
-        sizes: number of targets of each image.
+        targets: of the B images.
 
     Returns:
         `agree`: share of targets whose strongest slot is that of the optimal matching; `regret`: cost of the weighted
-        pairs minus that of the optimal matching, per target.
+        pairs minus that of the optimal matching, per target. `agree_small`, `regret_small`: the same over targets up to
+        the area `SMALL`; absent if there are none, so that an average over batches counts only those that have some.
     """
-    device, total = costs.device, max(sum(sizes), 1)
+    device, paid = costs.device, (weights * costs).sum(2).cpu().numpy()
     strongest = weights.argmax(2).masked_fill(weights.amax(2) <= 0, -1).cpu().numpy()
-    paid, costs = (weights * costs).sum().item(), costs.nan_to_num(UNMATCHABLE, UNMATCHABLE, -UNMATCHABLE).cpu().numpy()
-    agree, optimum = 0, 0.0
-    for image, size in enumerate(sizes):
+    costs = costs.nan_to_num(UNMATCHABLE, UNMATCHABLE, -UNMATCHABLE).cpu().numpy()
+    agree, regret = [np.zeros(0)], [np.zeros(0)]  # of every target
+    for image, size in enumerate(targets.sizes):
         if size == 0:
             continue
         slots, rows = match(costs[image, :size])
-        agree += int((strongest[image][rows] == slots).sum())
-        optimum += float(costs[image][rows, slots].sum())
-    numbers = torch.tensor([agree / total, (paid - optimum) / total])
-    return dict(zip(("agree", "regret"), numbers.to(device)))
+        agree.append(np.zeros(size))
+        agree[-1][rows] = strongest[image][rows] == slots
+        regret.append(paid[image, :size].astype(np.float64))
+        regret[-1][rows] -= costs[image][rows, slots]
+    measures = {"agree": np.concatenate(agree), "regret": np.concatenate(regret)}
+    small = (targets.file_area() <= SMALL).cpu().numpy()
+    numbers = {name: values.sum() / max(len(values), 1) for name, values in measures.items()}
+    if small.any():
+        numbers |= {f"{name}_small": values[small].mean() for name, values in measures.items()}
+    return dict(zip(numbers, torch.tensor(list(numbers.values()), dtype=torch.float32).to(device)))
+
+
+@torch.no_grad()
+def chosen_slots(pairs: Assignment, layer: int, targets: FlatTargets) -> Tensor:
+    """Return the slot of the strongest pair of every target on one layer, (M,) int64, -1 without any.
+
+    Args:
+        pairs: of a set.
+        layer: as the pairs count layers.
+        targets: of the batch, M in all images.
+    """
+    target = targets.starts[pairs.image] + pairs.target
+    weight = torch.ones_like(target, dtype=torch.float32) if pairs.weight is None else pairs.weight
+    weight = torch.where(pairs.layer == layer, weight, 0.0)
+    nothing = torch.zeros_like(targets.labels)
+    most = nothing.float().scatter_reduce(0, target, weight, "amax")
+    strongest = (weight > 0) & (weight == most[target])
+    return (nothing - 1).scatter_reduce(0, target, torch.where(strongest, pairs.slot, -1), "amax")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from models.assign.costs import class_cost, giou_cost, l1_cost
+from ops.assignment import FIELDS, solve
 from util.boxes import cxcywh_to_xyxy
 from util.structures import Assignment, FlatTargets, Predictions, Supervision
 
@@ -70,9 +72,9 @@ class HungarianMatcher:
         """
         keys = [(id(r.predictions), id(r.targets)) for r in requests]
         different = dict(zip(keys, requests))
-        costs = _to_host([self.costs(r.predictions, r.targets) for r in different.values()])
-        by_key = dict(zip(different, costs))
-        return _to_device(requests, [_solve(r, by_key[key]) for r, key in zip(requests, keys)])
+        costs, starts = _to_host([self.costs(r.predictions, r.targets) for r in different.values()])
+        start = dict(zip(different, starts))
+        return _to_device(requests, _solve(costs, [_problems(r, start[key]) for r, key in zip(requests, keys)]))
 
     def costs(self, predictions: Predictions, targets: FlatTargets) -> Tensor:
         """Return what it costs to give a target to a slot of its image, (M, L, N) float32: no padding, no loop."""
@@ -96,31 +98,68 @@ class HungarianMatcher:
         )
 
 
-def _solve(request: Request, costs: np.ndarray) -> np.ndarray:
-    """Return the pairs of one request, (4, P) int64: layer, image, slot, target."""
-    pairs = [np.empty((4, 0), np.int64)]
-    for image, own in _by_image(costs, request.targets.sizes):
-        for row, layer in zip(request.rows, request.layers):
-            where = f"set {request.name}, layer {layer}, image id {request.targets.image_ids[image]}"
-            cost = _finite(own[:, row, request.slots], where)
-            slots, columns = match(cost, repeat=request.supervision.repeat, block=request.supervision.block)
-            found = np.empty((4, len(slots)), np.int64)
-            found[0], found[1], found[2], found[3] = row, image, slots + request.slots.start, columns
-            pairs.append(found)
-    return np.concatenate(pairs, 1)
+@dataclass
+class _Problems:
+    """The assignment problems of a request, one per image with targets, layer and block of slots."""
+
+    request: Request
+    table: np.ndarray  # (P, 5) as `ops.assignment.solve` wants them
+    image: np.ndarray  # (P,)
+    layer: np.ndarray  # (P,) index into request.rows
+    first: np.ndarray  # (P,) first slot
+
+    def describe(self, index: int) -> str:
+        r, layer = self.request, self.request.layers[self.layer[index]]
+        return f"set {r.name}, layer {layer}, image id {r.targets.image_ids[self.image[index]]}"
 
 
-def _by_image(costs: np.ndarray, sizes: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield each image that has targets and the rows of its targets."""
-    start = 0
-    for image, size in enumerate(sizes):
-        if size:
-            yield image, costs[start : start + size]
-        start += size
+def _problems(request: Request, start: int) -> _Problems:
+    """Return the problems of `request`, whose costs (M, L, N) begin at `start`."""
+    layers, _, slots, _ = request.predictions.logits.shape
+    own, supervision = request.slots, request.supervision
+    sizes = np.array(request.targets.sizes, np.int64)
+    block = supervision.block or max(own.stop - own.start, 1)
+    image, layer, first = (
+        part.flatten()
+        for part in np.meshgrid(
+            sizes.nonzero()[0], np.arange(len(request.rows)), np.arange(own.start, own.stop, block), indexing="ij"
+        )
+    )
+    table = np.empty((len(image), len(FIELDS)), np.int64)
+    row = np.array(request.rows, np.int64)[layer]
+    table[:, 0] = start + ((sizes.cumsum() - sizes)[image] * layers + row) * slots + first
+    table[:, 1] = sizes[image]
+    table[:, 2] = np.minimum(own.stop - first, block)  # the last block may be smaller
+    table[:, 3] = layers * slots
+    table[:, 4] = supervision.repeat
+    return _Problems(request, table, image, layer, first)
+
+
+def _solve(costs: np.ndarray, problems: Sequence[_Problems]) -> list[np.ndarray]:
+    """Return the pairs of each request, (4, R) int64: layer, image, slot, target."""
+    if not problems:
+        return []
+    if not np.isfinite(costs.sum()):  # by far the cheapest way to ask
+        # The step goes on, so that it can name its guilty loss term.
+        bad = ~np.isfinite(costs)
+        for own in problems:
+            _warn_of(bad, own)
+        costs = np.where(bad, np.float32(UNMATCHABLE), costs)
+    index, slot, target = solve(costs, np.concatenate([own.table for own in problems]))
+    ends = np.searchsorted(index, np.cumsum([len(own.table) for own in problems]))
+    starts, found, before = [0, *ends[:-1]], [], 0
+    for own, start, end in zip(problems, starts, ends):
+        part = index[start:end] - before
+        row = np.array(own.request.rows, np.int64)[own.layer]
+        found.append(np.stack([row[part], own.image[part], slot[start:end] + own.first[part], target[start:end]]))
+        before += len(own.table)
+    return found
 
 
 def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the slots (ascending) and targets of the cheapest matching of one image and layer.
+    """Return the slots (ascending) and targets of the cheapest matching of one image and layer, by SciPy.
+
+    The matcher asks `ops.assignment.solve` about all of a step at once; this is what it is tested against.
 
     Args:
         cost: (M, N) of targets and slots, finite.
@@ -140,13 +179,12 @@ def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tup
     return np.concatenate([empty, *slots]), np.concatenate([empty, *columns])
 
 
-def _to_host(blocks: Sequence[Tensor]) -> list[np.ndarray]:
-    """Copy all `blocks` to the host together."""
+def _to_host(blocks: Sequence[Tensor]) -> tuple[np.ndarray, list[int]]:
+    """Copy all `blocks` to the host together; return them flat, and where each begins."""
     if not blocks:
-        return []
+        return np.empty(0, np.float32), []
     flat = torch.cat([b.flatten() for b in blocks]).cpu().numpy()
-    parts = np.split(flat, np.cumsum([b.numel() for b in blocks])[:-1])
-    return [part.reshape(tuple(block.shape)) for part, block in zip(parts, blocks)]
+    return flat, [0, *accumulate(b.numel() for b in blocks)][:-1]
 
 
 def _to_device(requests: Sequence[Request], solved: list[np.ndarray]) -> list[Assignment]:
@@ -169,13 +207,13 @@ def _to_device(requests: Sequence[Request], solved: list[np.ndarray]) -> list[As
     return assignments
 
 
-def _finite(cost: np.ndarray, where: str) -> np.ndarray:
-    """Return `cost` with non-finite entries replaced, so that the step can name its guilty loss term and go on."""
-    good = np.isfinite(cost)
-    if good.all():
-        return cost
-    warnings.warn(
-        f"{(~good).sum()} of {cost.size} matching costs are not finite ({where}): the predictions are NaN or infinite",
-        stacklevel=2,
-    )
-    return np.where(good, cost, UNMATCHABLE)
+def _warn_of(bad: np.ndarray, problems: _Problems) -> None:
+    """Name the problems with costs that are not finite."""
+    for index, (offset, targets, slots, stride, _) in enumerate(problems.table.tolist()):
+        own = bad[offset + np.arange(targets)[:, None] * stride + np.arange(slots)]
+        if own.any():
+            warnings.warn(
+                f"{own.sum()} of {own.size} matching costs are not finite ({problems.describe(index)}): the "
+                "predictions are NaN or infinite",
+                stacklevel=2,
+            )

@@ -6,11 +6,12 @@ Exists in training only: its parameters belong to the criterion, not to the dete
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import linear, normalize
 
 from models.position_encoding import sine_embed_boxes
 
@@ -63,28 +64,42 @@ class Probe(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(SCALE))) if logits == "cosine" else None
 
     def forward(
-        self, embeds: Tensor, query_boxes: Tensor, labels: Tensor, boxes: Tensor, *, class_agnostic: bool = False
+        self,
+        embeds: Tensor,
+        query_boxes: Tensor,
+        labels: Tensor,
+        boxes: Tensor,
+        *,
+        class_agnostic: bool = False,
+        layers: Sequence[int] = (),
     ) -> Tensor:
-        """Return the logits (G, M, N) of targets and queries, in float32.
+        """Return the logits (G, M, N) of targets and queries, in float32; G is layers times images, layer by layer.
 
         Args:
             embeds: (G, N, D) of the queries.
             query_boxes: (G, N, 4) predicted cxcywh; no gradient goes there.
-            labels: (G, M) of the targets.
-            boxes: (G, M, 4) cxcywh of the targets.
+            labels: (B, M) of the targets of the images.
+            boxes: (B, M, 4) cxcywh of the targets.
             class_agnostic: the class says nothing.
+            layers: numbers of the layers that G goes through; this probe treats all alike.
         """
         with torch.autocast(embeds.device.type, enabled=False):
             classes = self.target_class(labels) * (not class_agnostic)  # times 0: the table still has a gradient
-            target = self.target_out((classes + self.target_box(self._code(boxes))).relu())
-            query = embeds.float()
-            if self.key_box:
-                query = torch.cat([query, self._code(query_boxes.detach())], -1)
-            query = self.query_out(self.query_in(query).relu())
-            target, query = self.project_target(target), self.project_query(query)
-            if self.log_scale is None:
-                return target @ query.mT / math.sqrt(target.shape[-1])
-            return self._scale() * (normalize(target, dim=-1) @ normalize(query, dim=-1).mT)
+            target = (classes + self.target_box(self._code(boxes))).relu()
+            target = _chained(target, self.target_out, self.project_target)
+            query = self._query_in(embeds.float(), query_boxes.detach()).relu()
+            query = _chained(query, self.query_out, self.project_query)
+            if self.log_scale is not None:
+                target, query = normalize(target, dim=-1), normalize(query, dim=-1)
+            logits = target.repeat(len(query) // len(target), 1, 1) @ query.mT
+            return logits / math.sqrt(target.shape[-1]) if self.log_scale is None else self._scale() * logits
+
+    def _query_in(self, embeds: Tensor, boxes: Tensor) -> Tensor:
+        """Return the first layer over embeddings and box codes, which are not put side by side: it is much slower."""
+        if not self.key_box:
+            return self.query_in(embeds)
+        own, code = self.query_in.weight.split([embeds.shape[-1], self.query_in.in_features - embeds.shape[-1]], 1)
+        return linear(embeds, own) + linear(self._code(boxes), code, self.query_in.bias)
 
     def _code(self, boxes: Tensor) -> Tensor:
         boxes = boxes.float()
@@ -97,3 +112,48 @@ class Probe(nn.Module):
             with torch.no_grad():  # the parameter itself: beyond the bound it would have no gradient to come back
                 self.log_scale.clamp_(max=math.log(self.scale_max))
         return self.log_scale.exp().clamp(max=self.scale_max)
+
+
+def _chained(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:
+    """Return second(first(x)): with nothing between them, one product for all rows of `x` in place of two."""
+    return linear(x, second.weight @ first.weight, second.weight @ first.bias)
+
+
+class LayerwiseProbe(nn.Module):
+    """A probe for every supervised layer, and one for the proposals of the encoder, in place of one for all.
+
+    Args:
+        make: returns a new probe.
+        layers: numbers of the decoder layers.
+        proposals: the encoder has one too.
+    """
+
+    def __init__(self, make: Callable[[], Probe], layers: Sequence[int], *, proposals: bool = False) -> None:
+        super().__init__()
+        names = [*map(str, layers), *(["encoder"] if proposals else [])]
+        self.probes = nn.ModuleDict({name: make() for name in names})
+
+    def forward(
+        self,
+        embeds: Tensor,
+        query_boxes: Tensor,
+        labels: Tensor,
+        boxes: Tensor,
+        *,
+        class_agnostic: bool = False,
+        layers: Sequence[int],
+    ) -> Tensor:
+        """Return the logits (G, M, N) as `Probe` does, in a loop over the few layers.
+
+        Args:
+            class_agnostic: these are proposals.
+            layers: numbers of the decoder layers that G goes through, image by image.
+        """
+        names = ["encoder"] * len(layers) if class_agnostic else list(map(str, layers))
+        parts = zip(names, embeds.chunk(len(names)), query_boxes.chunk(len(names)))
+        logits = torch.cat(
+            [self.probes[name](*own, labels, boxes, class_agnostic=class_agnostic) for name, *own in parts]
+        )
+        # Probes that nobody asks in this step get a gradient of 0: several processes wait for all gradients.
+        idle = [p.sum() for name, probe in self.probes.items() if name not in names for p in probe.parameters()]
+        return logits + 0.0 * sum(idle)

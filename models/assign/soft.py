@@ -18,7 +18,7 @@ from models.assign.dense import DenseCosts, PaddedTargets, PairCosts, Slots
 from models.assign.health import against_optimum, duplicates, health
 from models.assign.hungarian import HungarianMatcher, Request
 from models.assign.pairs import Pairs, by_block, join_blocks, pairs_of_slots, pairs_of_targets
-from models.assign.probe import Probe
+from models.assign.probe import LayerwiseProbe, Probe
 from util.structures import Assignment
 
 Selection = Literal["colpeak", "rowpeak", "mutual", "rounds"]
@@ -41,7 +41,11 @@ class SoftOptions:
     soft_warmup: Literal["none", "prior", "teacher"] = "prior"
     soft_warmup_share: float = 0.1
     probe_entropy: float = 0.0  # reward for undecided correspondences, falls to 0 over the first fifth
-    corr_grad: Literal["probe", "probe+query", "full"] = "probe+query"  # what loss_corr trains; full: predictions too
+    # What loss_corr trains; full: predictions too. With the queries it was the larger half of the gradient, which costs
+    # the detector more than it brings (README, "Match-free supervision on drawn shapes").
+    corr_grad: Literal["probe", "probe+query", "full"] = "probe"
+    probe_value: Literal["cost", "prediction"] = "cost"  # what correspondences average for loss_corr
+    layer_consistency: Literal["none", "last"] = "none"  # last: its pairs and weights teach all layers of a set
     live_weights: bool = False  # the query losses train the probe
     cls_target: ClassTarget = "weight"
     extra_cls: Literal["ignore", "positive"] = "ignore"  # class of pairs that are not a target's strongest
@@ -73,6 +77,12 @@ class Found:
     def images(self) -> int:
         return len(self.targets.sizes)
 
+    def of_last_layer(self) -> Found:
+        """Return the same with the correspondences of the last layer only, for a choice."""
+        request = replace(self.request, rows=self.request.rows[-1:], layers=self.request.layers[-1:])
+        rows = {name: getattr(self, name)[-self.images :] for name in ("valid", "log_c", "c")}
+        return replace(self, request=request, **rows)
+
 
 class SoftMatcher(nn.Module):
     """Chooses and weighs pairs by what a probe has learned, and teaches the probe.
@@ -81,7 +91,7 @@ class SoftMatcher(nn.Module):
     target still have the sum 1, so that losses are divided by the number of targets, not of copies.
 
     Args:
-        probe: gives the logits of correspondence.
+        probe: gives the logits of correspondence; one for all layers or one for each.
         costs: of pairs, that the correspondence is taught with (`loss_corr`).
         options: see there.
         epochs: length of the training, to which shares refer.
@@ -91,7 +101,7 @@ class SoftMatcher(nn.Module):
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Probe | LayerwiseProbe,
         costs: PairCosts,
         options: SoftOptions,
         *,
@@ -146,7 +156,8 @@ class SoftMatcher(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and options.corr_grad == "full"):
             costs = self.costs(slots, labels, boxes)
         embeds = slots.embeds.detach() if options.corr_grad == "probe" else slots.embeds
-        logits = self.probe(embeds, slots.boxes, labels, boxes, class_agnostic=agnostic)
+        own = targets.labels, targets.boxes
+        logits = self.probe(embeds, slots.boxes, *own, class_agnostic=agnostic, layers=request.layers)
         if options.soft_warmup == "prior" and (prior := self._falling(options.soft_warmup_share, request)):
             logits = logits - prior * costs.geometry.detach()
         if slots.empty is not None:
@@ -156,6 +167,16 @@ class SoftMatcher(nn.Module):
 
     def choose(self, found: Found) -> None:
         """Fill in which pairs are kept and their weights."""
+        if self.options.layer_consistency == "none":
+            self._choose(found)
+            return
+        last = found.of_last_layer()
+        self._choose(last)
+        for name in ("kept", "extra", "weights"):
+            own = getattr(last, name)
+            setattr(found, name, None if own is None else own.repeat(found.slots.layers, 1, 1))
+
+    def _choose(self, found: Found) -> None:
         options, supervision = self.options, found.request.supervision
         c, valid = found.c.detach(), found.valid
         if supervision.repeat > 1:
@@ -254,7 +275,7 @@ class SoftMatcher(nn.Module):
     def _losses(self, found: Found) -> dict[str, Tensor]:
         """Return what teaches the probe, sums per layer (L,)."""
         options, request = self.options, found.request
-        per_target = (found.c * found.costs.total).sum(2)
+        per_target = self._retrieved(found)
         if options.probe_entropy and (share := self._falling(ENTROPY_SHARE, request)):
             entropy = -(found.c * found.log_c).sum(2) / torch.tensor(float(found.c.shape[2])).log()
             per_target = per_target - share * options.probe_entropy * entropy
@@ -263,6 +284,14 @@ class SoftMatcher(nn.Module):
         if teacher and (share := self._falling(options.soft_warmup_share, request)):
             losses["loss_teacher"] = share * self._teach(found)
         return losses
+
+    def _retrieved(self, found: Found) -> Tensor:
+        """Return how far every target is from what its correspondences give it, (G, M), 0 for padding."""
+        if self.options.probe_value == "cost":
+            return (found.c * found.costs.total).sum(2)
+        labels, boxes, _ = found.targets.of_layers(found.slots.layers)
+        slots = found.slots if self.options.corr_grad == "full" else found.slots.detached()
+        return self.costs.of_mean(found.c, slots, labels, boxes) * found.valid
 
     def _teach(self, found: Found) -> Tensor:
         """Return the cross-entropy of the correspondences with optimal one-to-one pairs, summed per layer (L,)."""
@@ -282,7 +311,7 @@ class SoftMatcher(nn.Module):
         logs = health(found.kept[last], found.targets.valid, c)
         if found.request.supervision.class_agnostic or found.request.supervision.repeat > 1:
             return logs
-        logs["dup"] = duplicates(found.slots, found.targets)
+        logs["dup"] = duplicates(found.slots.logits[last], found.slots.boxes[last], found.targets)
         if not self.training:
-            logs |= against_optimum(weights, found.costs.total[last].detach(), found.targets.sizes)
+            logs |= against_optimum(weights, found.costs.total[last].detach(), found.request.targets)
         return logs

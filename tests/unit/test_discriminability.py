@@ -95,6 +95,13 @@ def test_a_picture_is_the_unpadded_image_with_its_colours() -> None:
     torch.testing.assert_close(shown, torch.ones(2, 3, 3))
 
 
+def test_a_picture_of_a_batch_as_loaded_has_its_colours_too() -> None:
+    pixels = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    pixels[0, 1, :2, :3] = 51
+    shown = picture(ImageBatch(pixels, torch.zeros(1, 4, 4, dtype=torch.bool), [(2, 3)]), 0)
+    torch.testing.assert_close(shown, torch.tensor([0.0, 0.2, 0.0]).expand(2, 3, 3))
+
+
 # curves
 
 MASK = torch.tensor([[True, True], [False, False]])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -15,37 +14,11 @@ from datasets.base import silent_coco
 from datasets.coco import CocoDetection
 from datasets.evaluators import METRICS, CocoEvaluator
 from datasets.transforms import eval_transforms
+from tests.unit.eval_cases import assert_same, detections, evaluate, packages, target_of
 from tests.unit.small_coco import annotation, content, read
-from util.errors import UserError
-from util.structures import Detections, Target
+from util.structures import Detections
 
-FASTER = importlib.util.find_spec("faster_coco_eval") is not None
-IMPLEMENTATIONS = [
-    "pycocotools",
-    pytest.param("faster", marks=pytest.mark.skipif(not FASTER, reason="faster-coco-eval is not installed")),
-]
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-
-
-def target_of(image_id: int) -> Target:
-    return Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), image_id, (1, 1))
-
-
-def detections(dataset, entries: list[dict]) -> Detections:
-    """Return the COCO result entries of one image as the model would give them."""
-    corners = torch.tensor([e["bbox"] for e in entries], dtype=torch.float64).reshape(-1, 4)
-    corners[:, 2:] += corners[:, :2]
-    labels = torch.tensor([dataset.category_ids.index(e["category_id"]) for e in entries], dtype=torch.int64)
-    return Detections(torch.tensor([e["score"] for e in entries], dtype=torch.float64), labels, corners)
-
-
-def evaluate(dataset, entries: list[dict], implementation: str = "pycocotools", **options) -> CocoEvaluator:
-    """Return an evaluator that has seen every image of the data set with these COCO result entries."""
-    evaluator = CocoEvaluator(dataset, implementation=implementation, **options)
-    for image_id in dataset.image_ids:
-        mine = [entry for entry in entries if entry["image_id"] == image_id]
-        evaluator.update([detections(dataset, mine)], [target_of(image_id)])
-    return evaluator
+each = pytest.mark.parametrize("implementation", packages())
 
 
 def truth(dataset, score: float = 1.0) -> list[dict]:
@@ -78,7 +51,7 @@ RULE_D = {
 }  # fmt: skip
 
 
-@both
+@each
 @pytest.mark.parametrize("name", RULE_D)
 def test_degraded_truth_of_real_data_gives_the_reference_numbers(shared_data, name, implementation):
     dataset = real(shared_data, name)
@@ -87,7 +60,7 @@ def test_degraded_truth_of_real_data_gives_the_reference_numbers(shared_data, na
     assert numbers["images"] == len(dataset)
 
 
-@both
+@each
 @pytest.mark.parametrize("name", RULE_D)
 def test_the_truth_of_real_data_scores_one(shared_data, name, implementation):
     dataset = real(shared_data, name)
@@ -95,7 +68,7 @@ def test_the_truth_of_real_data_scores_one(shared_data, name, implementation):
     assert [numbers[key] for key in ("AP", "AP50", "AP75", "AR100")] == pytest.approx([1, 1, 1, 1], abs=1e-9)
 
 
-@both
+@each
 def test_the_published_fake_results_give_the_published_numbers(shared_data, implementation):
     folder = shared_data / "coco_val2014_100" / "annotations"
     coco = silent_coco(json.loads((folder / "instances_val2014_100.json").read_text()))
@@ -113,15 +86,11 @@ def test_the_published_fake_results_give_the_published_numbers(shared_data, impl
     assert [numbers[name] for name in METRICS] == numbers["coco_eval_bbox"]
 
 
-@pytest.mark.skipif(not FASTER, reason="faster-coco-eval is not installed")
-def test_both_implementations_give_equal_numbers(shared_data):
+@each
+def test_every_package_gives_the_arrays_of_pycocotools(shared_data, implementation):
     dataset = real(shared_data, "coco128")
-    ours = [evaluate(dataset, rule_d(dataset), name) for name in ("pycocotools", "faster")]
-    numbers = [evaluator.summarize()["coco_eval_bbox"] for evaluator in ours]
-    assert numbers[1] == pytest.approx(numbers[0], abs=1e-12)  # the order of a sum differs
-    for reference, faster in zip(ours[0].per_class(), ours[1].per_class(), strict=True):
-        assert faster[:2] == reference[:2]
-        assert faster[2:] == pytest.approx(reference[2:], abs=1e-12)
+    reference = evaluate(dataset, rule_d(dataset), "pycocotools")
+    assert_same(evaluate(dataset, rule_d(dataset), implementation).evaluated(), reference.evaluated())
 
 
 # ---- by hand ----
@@ -133,7 +102,7 @@ TWO_IMAGES = [
 ]
 
 
-@both
+@each
 def test_a_missed_class_halves_the_mean(tmp_path, implementation):
     dataset = read(tmp_path, content(TWO_IMAGES))
     evaluator = evaluate(dataset, truth(dataset)[:2], implementation)
@@ -153,7 +122,7 @@ def test_a_missed_class_halves_the_mean(tmp_path, implementation):
     ]
 
 
-@both
+@each
 def test_no_detection_at_all_gives_zeros(tmp_path, implementation):
     evaluator = evaluate(read(tmp_path, content(TWO_IMAGES)), [], implementation)
     numbers = evaluator.summarize()
@@ -162,25 +131,25 @@ def test_no_detection_at_all_gives_zeros(tmp_path, implementation):
     assert [row.AP for row in evaluator.per_class()] == [0, 0]
 
 
-@both
+@each
 def test_an_evaluator_that_saw_no_image_gives_zeros_for_zero_images(tmp_path, implementation):
     numbers = CocoEvaluator(read(tmp_path, content(TWO_IMAGES)), implementation=implementation).summarize()
     assert numbers["AP"] == 0 and numbers["images"] == 0
 
 
-@both
+@each
 def test_annotation_id_zero_is_found_like_any_other(tmp_path, implementation):
     dataset = read(tmp_path, content([annotation(0, 1, [0, 0, 10, 10])]))
     assert evaluate(dataset, truth(dataset), implementation).summarize()["AP"] == pytest.approx(1)
 
 
-@both
+@each
 def test_missing_area_and_iscrowd_do_not_stop_the_evaluation(tmp_path, implementation):
     dataset = read(tmp_path, content([annotation(1, 1, [0, 0, 10, 10], area=None, iscrowd=None)]))
     assert evaluate(dataset, truth(dataset), implementation).summarize()["AP"] == pytest.approx(1)
 
 
-@both
+@each
 def test_a_detection_inside_a_crowd_is_no_mistake(tmp_path, implementation):
     crowd = annotation(2, 1, [20, 0, 20, 20], iscrowd=1)
     dataset = read(tmp_path, content([annotation(1, 1, [0, 0, 10, 10]), crowd]))
@@ -219,20 +188,6 @@ def test_an_image_that_comes_twice_counts_once(tmp_path):
     assert len(evaluator.results()) == 3 and evaluator.summarize()["images"] == 2
 
 
-def test_synchronize_joins_the_results_of_all_processes_by_image_id(tmp_path, monkeypatch):
-    dataset = read(tmp_path, content(TWO_IMAGES))
-    parts = [CocoEvaluator(dataset) for _ in range(2)]
-    for image_id, evaluator in ((1, parts[0]), (1, parts[1]), (2, parts[1])):
-        found = [entry for entry in truth(dataset) if entry["image_id"] == image_id]
-        evaluator.update([detections(dataset, found)], [target_of(image_id)])
-    assert [part.summarize()["images"] for part in parts] == [1, 2]
-    theirs = parts[1]._results
-    monkeypatch.setattr("datasets.evaluators.gather_objects", lambda mine: [mine, theirs])
-    parts[0].synchronize()
-    numbers = parts[0].summarize()
-    assert numbers["AP"] == pytest.approx(1) and numbers["images"] == 2 and len(parts[0].results()) == 3
-
-
 def test_new_detections_change_the_numbers(tmp_path):
     dataset = read(tmp_path, content(TWO_IMAGES))
     evaluator = CocoEvaluator(dataset)
@@ -260,7 +215,7 @@ def test_saved_results_can_be_evaluated_by_pycocotools(tmp_path):
     ]
 
 
-@both
+@each
 def test_saved_arrays_load_without_pickle_and_hold_the_precision(tmp_path, implementation):
     dataset = read(tmp_path, content(TWO_IMAGES))
     evaluator = evaluate(dataset, truth(dataset)[:2], implementation)
@@ -282,16 +237,3 @@ def test_evaluation_is_silent(tmp_path, capsys):
     dataset = read(tmp_path, content(TWO_IMAGES))
     evaluate(dataset, truth(dataset)).summarize()
     assert not capsys.readouterr().out
-
-
-def test_an_unknown_implementation_names_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="use auto, pycocotools or faster"):
-        CocoEvaluator(read(tmp_path, content([])), implementation="hot")
-
-
-def test_faster_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    dataset = read(tmp_path, content([]))
-    assert not CocoEvaluator(dataset, implementation="auto").faster
-    with pytest.raises(UserError, match="pip install faster-coco-eval"):
-        CocoEvaluator(dataset, implementation="faster")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from util import plot
 from util.errors import UserError
 from util.plot import curve, main, plot_run, plot_runs, read_log
 
@@ -55,6 +56,41 @@ def test_one_epoch_is_enough(tmp_path: Path) -> None:
 
 def test_a_run_that_was_never_evaluated_has_no_ap_picture(tmp_path: Path) -> None:
     assert [path.name for path in plot_run(write_log(tmp_path, entry(0, 9.0)))] == ["loss.png"]
+
+
+def panels_of(monkeypatch) -> dict[str, list[str]]:
+    """Return what will hold the labels of every panel of `health.png`, by title."""
+    panels, draw = {}, plot._health_figure
+
+    def remember(plt, runs):
+        figure = draw(plt, runs)
+        drawn = [axes for axes in figure.axes if axes.has_data()]
+        panels.update({axes.get_title(): [t.get_text() for t in axes.get_legend().get_texts()] for axes in drawn})
+        return figure
+
+    monkeypatch.setattr(plot, "_health_figure", remember)
+    return panels
+
+
+def test_a_learned_matcher_has_its_health_drawn_with_what_would_be_alarming(tmp_path: Path, monkeypatch) -> None:
+    panels, measures = panels_of(monkeypatch), ("distinct", "unassigned", "c_max", "agree", "regret", "dup")
+    numbers = {f"{part}_{name}_unscaled": 0.5 for name in measures for part in ("train", "test")}
+    written = plot_run(write_log(tmp_path, entry(0, 9.0) | numbers, entry(1, 8.0) | numbers | {"test_flip": 0.25}))
+    assert [path.name for path in written] == ["loss.png", "health.png"]
+    assert panels["distinct queries per object (distinct)"] == ["train", "test", "below 0.7: collapse"]
+    assert panels["cost above the optimum (regret)"] == ["train", "test"]
+    assert panels["objects with another query than before (flip)"] == ["test"]
+    assert len(panels) == 7
+
+
+def test_health_has_the_measures_that_some_run_has(tmp_path: Path, monkeypatch) -> None:
+    panels = panels_of(monkeypatch)
+    greedy = entry(0, 9.0) | {"train_unassigned_unscaled": 0.0, "test_agree_unscaled": 0.9}
+    runs = [write_log(tmp_path / "greedy", greedy), write_log(tmp_path / "exact", entry(0, 9.0) | {"test_dup": 0.1})]
+    plot_runs(runs, tmp_path)
+    assert panels["agreement with Hungarian (agree)"] == ["greedy, test", "below 0.3 late: poor choice"]
+    assert panels["surplus detections per object (dup)"] == ["exact, test", "healthy below 0.2"]
+    assert len(panels) == 3
 
 
 def test_runs_are_drawn_together_even_with_equal_folder_names(tmp_path: Path) -> None:

@@ -30,12 +30,12 @@ QUERY = ("loss_ce", "loss_bbox", "loss_giou")
 
 # What each loss trains: logits, boxes, embeddings, probe. A cell that is not named gets exactly nothing.
 TABLE = {
-    "soft": ("soft", "", {"loss_corr": "embeds probe", "loss_ce": "logits", "loss_bbox": "boxes"}),
-    "probe": ("soft", "--corr_grad probe", {"loss_corr": "probe", "loss_giou": "boxes"}),
+    "soft": ("soft", "", {"loss_corr": "probe", "loss_ce": "logits", "loss_bbox": "boxes", "loss_giou": "boxes"}),
+    "probe+query": ("soft", "--corr_grad probe+query", {"loss_corr": "embeds probe", "loss_giou": "boxes"}),
     "full": ("soft", "--corr_grad full", {"loss_corr": "logits boxes embeds probe", "loss_ce": "logits"}),
     "live weights": (
         "soft",
-        "--live_weights --cls_target pairwise",
+        "--live_weights --cls_target pairwise --corr_grad probe+query",
         {"loss_corr": "embeds probe", "loss_ce": "logits embeds probe", "loss_giou": "boxes embeds probe"},
     ),
     "literal": (
@@ -49,6 +49,32 @@ TABLE = {
         },
     ),
     "hard targets": ("soft", "--cls_target quality", {"loss_ce": "logits", "loss_bbox": "boxes"}),
+    "a probe for each layer": (
+        "soft",
+        "--probe_per_layer",
+        {"loss_corr": "probe", "loss_ce": "logits", "loss_giou": "boxes"},
+    ),
+    "consistent layers": (
+        "soft",
+        "--layer_consistency last",
+        {"loss_corr": "probe", "loss_ce": "logits", "loss_bbox": "boxes"},
+    ),
+    "mean predictions": ("soft", "--probe_value prediction", {"loss_corr": "probe", "loss_bbox": "boxes"}),
+    "mean predictions, probe+query": (
+        "soft",
+        "--probe_value prediction --corr_grad probe+query",
+        {"loss_corr": "embeds probe"},
+    ),
+    "mean predictions, full": (
+        "soft",
+        "--probe_value prediction --corr_grad full",
+        {"loss_corr": "logits boxes embeds probe", "loss_ce": "logits"},
+    ),
+    "mean predictions, literal": (
+        "soft-literal",
+        "--probe_value prediction",
+        {"loss_corr": "logits boxes embeds probe", "loss_giou": "boxes embeds probe"},
+    ),
 }
 CELLS = [(form, loss) for form, (_, _, losses) in TABLE.items() for loss in losses]
 
@@ -57,7 +83,7 @@ CELLS = [(form, loss) for form, (_, _, losses) in TABLE.items() for loss in loss
 def test_each_loss_trains_what_the_table_says_and_nothing_else(form: str, loss: str) -> None:
     matcher, flags, expected = TABLE[form]
     criterion = soft_criterion(flags, matcher)
-    predictions = random_predictions(layers=1, grad=True)
+    predictions = random_predictions(layers=2, grad=True)
     # Only one loss has a weight; the others of its term are computed and must not matter.
     criterion.weights = {name: float(name == loss) for name in criterion.weights}
     criterion(output_of(predictions), [random_target(4), random_target(2)], 0.0).total.backward()
@@ -65,7 +91,7 @@ def test_each_loss_trains_what_the_table_says_and_nothing_else(form: str, loss: 
     found = {
         "logits": [predictions.logits.grad],
         "boxes": [predictions.boxes.grad],
-        "embeds": [predictions.embeds[0].grad],
+        "embeds": [x.grad for x in predictions.embeds],
         "probe": probe,
     }
     trained = {name for name, grads in found.items() if any(g is not None and g.abs().sum() > 0 for g in grads)}

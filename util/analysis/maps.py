@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from datasets.transforms import IMAGENET_MEAN, IMAGENET_STD
 from util.boxes import cxcywh_to_xyxy
+from util.pixels import denormalize
 from util.structures import ImageBatch, Memory
 
 
@@ -76,6 +76,6 @@ def foreground(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def picture(images: ImageBatch, index: int) -> Tensor:
     """Return an unpadded image of the batch with its colours back, (H, W, 3) in [0, 1], on the CPU."""
     height, width = images.sizes[index]
-    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    pixels = images.pixels[index, :, :height, :width].permute(1, 2, 0).float().cpu()
-    return (pixels * std + mean).clamp(0, 1)
+    pixels = images.pixels[index, :, :height, :width].cpu()
+    colours = denormalize(pixels) if pixels.is_floating_point() else pixels / 255
+    return colours.permute(1, 2, 0)

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torchvision import tv_tensors
 
 from datasets.coco import CocoDetection
 from datasets.collate import make_target, pad_images
-from datasets.transforms import crop, eval_transforms, hflip, normalize, resize, resized_hw
+from datasets.transforms import crop, eval_transforms, hflip, resize, resized_hw
+from util.pixels import normalize
 
 
 def run(meta: dict, arrays: dict[str, np.ndarray]) -> None:
@@ -42,21 +44,22 @@ def _integers(text: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", text)]
 
 
-def _input(arrays: dict[str, np.ndarray]) -> tuple[Image.Image, dict]:
+def _input(arrays: dict[str, np.ndarray]) -> tuple[Tensor, dict]:
     """Return a fresh copy of the stored picture and its sample."""
     size = tuple(arrays["input/size"].tolist())
     sample = {key: torch.from_numpy(arrays[f"input/{key}"].copy()) for key in ("labels", "area", "iscrowd")}
     boxes = torch.from_numpy(arrays["input/boxes"].copy())
     sample["boxes"] = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size)
-    return Image.fromarray(arrays["input/image"]), {**sample, "image_id": 42, "orig_size": size}
+    image = torch.from_numpy(arrays["input/image"].copy()).permute(2, 0, 1)
+    return image, {**sample, "image_id": 42, "orig_size": size}
 
 
 def _same(ours, arrays: dict[str, np.ndarray], name: str, tolerance: float, grey_levels: int) -> None:
     image, sample = ours
-    pixels, expected = np.asarray(image).astype(int), arrays[f"{name}/image"].astype(int)
+    pixels, expected = image.permute(1, 2, 0).numpy().astype(int), arrays[f"{name}/image"].astype(int)
     assert pixels.shape == expected.shape, f"{name}: {pixels.shape}, stored {expected.shape}"
     assert np.abs(pixels - expected).max() <= grey_levels, f"{name}: image"
-    assert (image.height, image.width) == tuple(arrays[f"{name}/size"].tolist())
+    assert image.shape[1:] == tuple(arrays[f"{name}/size"].tolist())
     _same_objects(sample, arrays, name, tolerance)
 
 
@@ -96,6 +99,6 @@ def _check_conversion(meta: dict, arrays: dict[str, np.ndarray]) -> None:
         transforms = eval_transforms(test_size=0, max_size=1333)
         dataset = CocoDetection(folder, Path(folder) / "instances.json", transforms=transforms, category_ids="raw")
         image, sample = dataset.load(0)
-    assert (image.height, image.width) == tuple(arrays["convert/size"].tolist())
+    assert image.shape[1:] == tuple(arrays["convert/size"].tolist())
     assert sample["image_id"] == image_id
     _same_objects(sample, arrays, "convert", meta["tolerances"]["boxes"])

@@ -1,0 +1,6 @@
+#!/bin/sh
+# Beyond Hungarian (Qiu et al., 2026), our ablations of soft, Deformable-DETR, ResNet-50, 20 epochs.
+# Row: objects do not compete for queries (soft: dual).
+# Total batch 32: 16 processes x 2, or 8 x 4 with --batch_size 4.
+exec sh "$(dirname "$0")/../variants/soft.sh" --output_dir exps/match_free/ablations/competition_none \
+    --column_competition none "$@"

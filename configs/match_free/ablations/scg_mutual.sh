@@ -1,0 +1,7 @@
+#!/bin/sh
+# Beyond Hungarian (Qiu et al., 2026), our ablations of soft, Deformable-DETR, ResNet-50, 20 epochs.
+# Row: only pairs that are each other's first choice (soft: colpeak).
+# The class target is 1 then, no longer a weight (--cls_target).
+# Total batch 32: 16 processes x 2, or 8 x 4 with --batch_size 4.
+exec sh "$(dirname "$0")/../variants/soft.sh" --output_dir exps/match_free/ablations/scg_mutual \
+    --scg mutual "$@"

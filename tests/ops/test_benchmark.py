@@ -1,0 +1,38 @@
+"""The benchmark of the operator prints and writes what it measured."""
+
+import json
+
+import pytest
+
+from ops import benchmark
+
+
+def test_the_benchmark_writes_times_and_errors_of_every_candidate(tmp_path, capsys):
+    file = tmp_path / "numbers.json"
+    arguments = "--shapes dec300 --repeats 1 --devices cpu --backends reference --threads 1 --dtypes fp32 --json"
+    benchmark.main([*arguments.split(), str(file)])
+    report = json.loads(file.read_text())
+    assert [(row["shape"], row["mode"], row["candidate"], row["ratio"]) for row in report["times"]] == [
+        ("dec300", "forward", "reference", 1.0),
+        ("dec300", "forward+backward", "reference", 1.0),
+    ]
+    assert all(0 < row["least"] <= row["median"] <= row["most"] for row in report["times"])
+    (errors,) = report["errors"]
+    assert errors["candidate"] == "reference" and errors["same_bits"]
+    assert 0 < errors["output"] < 1e-5 and 0 < errors["grad value"] < 1e-5
+    printed = capsys.readouterr().out
+    assert "CPU: " in printed and "| dec300 | forward+backward | reference |" in printed
+
+
+@pytest.mark.parametrize("dist", ["model", "uniform"])
+def test_locations_lie_mostly_on_the_image(dist):
+    _, locations, weights, _ = benchmark.draw(1, 50, dist, benchmark.DTYPES["fp32"], "cpu")
+    outside = ((locations < 0) | (locations > 1)).any(-1).float().mean()
+    assert locations.shape == (1, 50, 8, 4, 4, 2) and 0 < outside < 0.3
+    assert weights.sum((-1, -2)).sub(1).abs().max() < 1e-5
+
+
+def test_a_number_below_one_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--threads", "1", "0"])
+    assert "--threads [1, 0]: must be at least 1" in capsys.readouterr().err
