@@ -230,7 +230,7 @@ class Criterion(nn.Module):
             values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]
         if not any(job.targets.sizes):
             return  # without targets an assignment is neither good nor bad: a 0 would spoil averages
-        for entry, value in job.assignment.logs.items():
+        for entry, value in job.assignment.logs.items() if job.layers[-1] == job.last else ():
             values[loss_name(entry, job.name, job.last, job.last)] = value
         if job.decides and not self.training and "dup" not in values:
             found, padded = batch.predictions, PaddedTargets.of(job.targets)

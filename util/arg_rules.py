@@ -6,6 +6,7 @@ import argparse
 
 from util.anchor_args import anchor_rules
 from util.errors import UserError
+from util.idle_flags import class_target, idle_flags
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
 BRANCH_ONLY = {"one2many_groups": "joint", "one2many_proposals": "rank", "one2many_own": "nothing"}
@@ -92,6 +93,10 @@ def _run_rules(a: argparse.Namespace) -> Rules:
         (
             bool(a.analyse) and not (a.resume and a.output_dir),
             "--analyse needs --resume CHECKPOINT, and --output_dir for its results",
+        ),
+        (
+            bool(a.analyse) and a.plot_correspondence > 0,
+            "--analyse makes no pictures of correspondences: leave out --plot_correspondence, or use --eval",
         ),
         (
             not a.analyse and bool(a.analyse_label or a.analyse_with),
@@ -207,7 +212,6 @@ def _hybrid_rules(a: argparse.Namespace) -> Rules:
 def _matcher_rules(a: argparse.Namespace) -> Rules:
     """Return the same for the flags of matchers; None is a flag that was not given."""
     learned = a.matcher.startswith("soft") or a.enc_matcher == "soft"
-    greedy = learned or "cost-greedy" in (a.matcher, a.enc_matcher)
     given = [f"--{n} {getattr(a, n)}" for n in SOFT_ONLY if getattr(a, n) is not None]
     shares = {n: getattr(a, n) for n in ("scg_rho", "scg_switch", "soft_warmup_share")}
     layers = a.soft_extra_layers or 0
@@ -228,16 +232,11 @@ def _matcher_rules(a: argparse.Namespace) -> Rules:
             f"--cls_target {a.cls_target}: --matcher {a.matcher} makes no weights; use hard or quality",
         ),
         (
-            bool(a.extra_cls) and a.cls_target not in ("hard", "quality"),
+            bool(a.extra_cls) and class_target(a) not in ("hard", "quality"),
             f"--extra_cls {a.extra_cls}: with weights as targets there is nothing to say; add --cls_target hard",
         ),
-        (a.greedy_rounds is not None and not greedy, "--greedy_rounds: nobody bids here; add --matcher cost-greedy"),
         (a.greedy_rounds is not None and a.greedy_rounds < 1, f"--greedy_rounds {a.greedy_rounds}: must be at least 1"),
         *((v is not None and not 0 <= v <= 1, f"--{n} {v}: a share, 0 to 1") for n, v in shares.items()),
-        (
-            (a.scg_switch or 0) > 0 and a.scg == "rounds",
-            "--scg_switch changes to --scg rounds, which is there from the start: leave out one of them",
-        ),
         ((a.logit_scale_max or 1) <= 0, f"--logit_scale_max {a.logit_scale_max}: must be above 0"),
         ((a.probe_entropy or 0) < 0, f"--probe_entropy {a.probe_entropy}: must be 0 or more"),
         (
@@ -245,6 +244,7 @@ def _matcher_rules(a: argparse.Namespace) -> Rules:
             "--logit_scale_max is for --probe_logits cosine: dot products have no scale",
         ),
         (not 0 <= layers <= a.dec_layers, f"--soft_extra_layers {layers}: 0 to --dec_layers {a.dec_layers}"),
+        *((True, message) for message in idle_flags(a).values()),
         *_consistency_rules(a, layers),
     ]
 
