@@ -7,13 +7,15 @@ import argparse
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 
 from datasets.base import DetectionDataset
 from datasets.coco import build_coco
 from datasets.collate import collate
+from datasets.lsj import lsj_steps
 from datasets.samplers import NodeCacheBatchSampler, TrainBatchSampler, eval_indices
 from datasets.synthetic import build_synthetic
-from datasets.transforms import eval_transforms, train_transforms
+from datasets.transforms import DropEmpty, eval_transforms, train_transforms
 from util.errors import UserError
 
 __all__ = [
@@ -47,6 +49,10 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> DetectionDataset:
 
 def build_transforms(image_set: str, args: argparse.Namespace) -> nn.Module:
     """Return the transform of samples that the flags describe."""
+    if args.augment == "lsj":
+        train, scale = image_set == "train", tuple(args.lsj_scale)
+        steps = lsj_steps(train=train, size=args.lsj_size, scale=scale, antialias=args.antialias)
+        return v2.Compose([*steps, DropEmpty()])
     if image_set == "val":
         return eval_transforms(test_size=args.test_size, max_size=args.max_size, antialias=args.antialias)
     return train_transforms(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from functools import partial
 
+from models.anchors import AnchorProposalTransformer, LearnedAnchorTransformer
 from models.assign import HungarianMatcher, build_assigners, class_target
 from models.backbones import Joiner, build_backbone
 from models.criterion import Criterion
@@ -60,6 +61,15 @@ def build_transformer(args: Namespace) -> DeformableTransformer:
     """Return encoder and decoder, with the origin of the queries that the flags ask for."""
     encoder, decoder = build_encoder(args), build_decoder(args)
     shape = {"num_levels": args.num_feature_levels, "width": args.hidden_dim}
+    if args.query_pos == "box":
+        if args.two_stage:
+            normal = args.content_init == "normal"
+            return AnchorProposalTransformer(
+                encoder, decoder, mixed_selection=args.mixed_selection, normal_content=normal, **shape
+            )
+        return LearnedAnchorTransformer(
+            encoder, decoder, num_patterns=args.num_patterns, random_xy=args.random_refpoints_xy, **shape
+        )
     if args.two_stage:
         return TwoStageTransformer(encoder, decoder, mixed_selection=args.mixed_selection, **shape)
     return LearnedQueryTransformer(encoder, decoder, **shape)
@@ -87,7 +97,10 @@ def build_criterion(args: Namespace) -> Criterion:
         labels = partial(soft_classification, quality=target == "quality")
     return Criterion(
         assigners=assigners,
-        terms={"labels": partial(labels, alpha=args.focal_alpha), "boxes": box_regression},
+        terms={
+            "labels": partial(labels, alpha=args.focal_alpha),
+            "boxes": partial(box_regression, giou_eps=args.giou_eps),
+        },
         weights={
             "loss_ce": args.cls_loss_coef,
             "loss_bbox": args.bbox_loss_coef,

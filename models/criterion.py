@@ -140,6 +140,7 @@ class Criterion(nn.Module):
         jobs = [job for batch in batches for job in batch.jobs]
         # Not in evaluation: processes may have different numbers of batches there.
         counts = _average_counts([j.assignment.count for j in jobs], output.pred_logits.device, over_all=self.training)
+        counts = [count * job.assignment.groups for count, job in zip(counts, jobs)]
         values: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         remaining = iter(counts)
@@ -229,7 +230,7 @@ class Criterion(nn.Module):
             values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]
         if not any(job.targets.sizes):
             return  # without targets an assignment is neither good nor bad: a 0 would spoil averages
-        for entry, value in job.assignment.logs.items():
+        for entry, value in job.assignment.logs.items() if job.layers[-1] == job.last else ():
             values[loss_name(entry, job.name, job.last, job.last)] = value
         if job.decides and not self.training and "dup" not in values:
             found, padded = batch.predictions, PaddedTargets.of(job.targets)

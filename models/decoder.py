@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.encoder import xavier_matrices
-from models.heads import Heads, shift_box
+from models.heads import MLP, Heads, shift_box
+from models.position_encoding import sine_embed_boxes
 from models.visibility import hide_padding, visibility
 from ops.module import MSDeformAttn, at_least_float32
 from util.structures import Memory, Predictions, QueryGroup, SupervisedSet
@@ -62,17 +63,37 @@ class DeformableDecoder(nn.Module):
         refine: every layer's box is the next layer's reference (iterative box refinement).
         look_forward_twice: the box of a layer is also trained through the box head of the layer before (DINO, section
             3.5); forward values do not change.
+        anchors: the position of a query is made anew in every layer from its box (DAB-DETR, section 4.2); references
+            are boxes then. Otherwise it is what the group brings, in all layers.
+        scale_positions: from the second layer on these positions are multiplied by a function of the content.
+        norm: a LayerNorm before the heads (DINO). The refinement takes the offset of what is not normalised, so a
+            prediction is not the next reference.
+        eps: clamps boxes before an offset is added to their logits.
     """
 
     def __init__(
-        self, layers: Sequence[DecoderLayer], *, refine: bool, look_forward_twice: bool, use_checkpoint: bool = False
+        self,
+        layers: Sequence[DecoderLayer],
+        *,
+        refine: bool,
+        look_forward_twice: bool,
+        anchors: bool = False,
+        scale_positions: bool = False,
+        norm: bool = False,
+        eps: float = 1e-5,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.num_heads = layers[0].self_attn.num_heads
         self.refine = refine
         self.look_forward_twice = look_forward_twice
+        self.eps = eps
         self.use_checkpoint = use_checkpoint
+        width = layers[0].norm1.normalized_shape[0]
+        self.norm = nn.LayerNorm(width) if norm else None
+        self.query_scale = MLP(width, width, width, 2) if scale_positions else None
+        self.ref_point_head = MLP(2 * width, width, width, 2) if anchors else None
         xavier_matrices(self)
 
     def forward(
@@ -86,7 +107,7 @@ class DeformableDecoder(nn.Module):
             heads: of all groups, or of each group where they do not share them.
         """
         x = torch.cat([g.content for g in groups], 1)
-        pos = torch.cat([g.pos for g in groups], 1)
+        pos = None if self.ref_point_head else torch.cat([g.pos for g in groups], 1)
         reference = torch.cat([g.reference for g in groups], 1)
         may_see = visibility(groups, x.device)
         blocked = hide_padding(None if may_see is None else ~may_see, _padding(groups), self.num_heads)
@@ -94,19 +115,37 @@ class DeformableDecoder(nn.Module):
         logits, boxes, embeds = [], [], []
         head_reference = reference  # what the head adds its offset to; differs from `reference` only in its gradient
         for i, layer in enumerate(self.layers):
+            if self.ref_point_head:
+                pos = self.position(x if i else None, reference, memory)
             if self.use_checkpoint and self.training:
                 x = checkpoint(layer, x, pos, reference, memory, blocked, use_reentrant=False)
             else:
                 x = layer(x, pos, reference, memory, blocked)
-            embeds.append(x)
-            delta = _apply([(h.bbox_embed[i], slots) for h, slots in parts], x)
-            logits.append(at_least_float32(_apply([(h.class_embed[i], slots) for h, slots in parts], x)))
-            boxes.append(shift_box(delta, head_reference))
-            if self.refine:
-                refined = shift_box(delta, reference) if self.look_forward_twice else boxes[-1]
+            class_heads = [(h.class_embed[i], slots) for h, slots in parts]
+            box_heads = [(h.bbox_embed[i], slots) for h, slots in parts]
+            embeds.append(self.norm(x) if self.norm else x)
+            logits.append(at_least_float32(_apply(class_heads, embeds[-1])))
+            delta = _apply(box_heads, embeds[-1])
+            boxes.append(shift_box(delta, head_reference, self.eps))
+            if self.refine and i + 1 < len(self.layers):
+                delta = _apply(box_heads, x) if self.norm else delta
+                same = not (self.look_forward_twice or self.norm)
+                refined = boxes[-1] if same else shift_box(delta, reference, self.eps)
                 reference = refined.detach()
                 head_reference = refined if self.look_forward_twice else reference
         return _unpack(Predictions(torch.stack(logits), torch.stack(boxes), _padding(groups), embeds), groups)
+
+    def position(self, content: Tensor | None, reference: Tensor, memory: Memory) -> Tensor:
+        """Return the positions (B, Q, D) of queries with the boxes `reference` (B, Q, 4).
+
+        Args:
+            content: (B, Q, D) after the layer before; None in the first layer, where nothing scales the position.
+        """
+        # Relative to the padded finest map, like what cross-attention sees there.
+        x, y, w, h = (reference * memory.valid_ratios[:, :1].repeat(1, 1, 2)).unbind(-1)
+        width = self.ref_point_head.layers[-1].out_features
+        position = self.ref_point_head(sine_embed_boxes(torch.stack([y, x, w, h], -1), width // 2))
+        return position if self.query_scale is None or content is None else self.query_scale(content) * position
 
 
 def _by_heads(groups: Sequence[QueryGroup], heads: Heads | Sequence[Heads]) -> list[tuple[Heads, slice]]:

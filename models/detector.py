@@ -64,19 +64,23 @@ class Detector(nn.Module):
         super().__init__()
         num_rows = sum(source.num_queries for source in groups)
         self.transformer = transformer
+        self.class_embed, self.bbox_embed = transformer.own_heads(heads)
         for name in second_names:
-            self.transformer.decoder.add_module(name, getattr(heads, name))
-        self.class_embed = heads.class_embed
-        self.bbox_embed = heads.bbox_embed
-        if transformer.query_width:
-            self.query_embed = nn.Embedding(num_rows, transformer.query_width)
+            self.transformer.decoder.add_module(name, getattr(self, name))
+        tables = transformer.make_tables(num_rows)
+        self.table_names = tuple(tables)
+        for name, table in tables.items():
+            self.add_module(name, table)
+        for source in groups:
+            for name, module in source.published.items():
+                self.add_module(name, module)
         self.input_proj = neck
         self.backbone = backbone
         self.groups = nn.ModuleDict({source.name: source for source in groups})
 
     @property
     def heads(self) -> Heads:
-        return Heads(self.class_embed, self.bbox_embed)
+        return self.transformer.all_heads(self.class_embed, self.bbox_embed)
 
     def forward(self, images: ImageBatch, targets: list[Target] | None = None, epoch: int = 0) -> DetectorOutput:
         """Detect.
@@ -134,21 +138,24 @@ class Detector(nn.Module):
         for source in self.groups.values():
             if source.alive:
                 by_encoder.setdefault(source.own.encoder, []).append(source)
-        table = self.query_embed.weight if self.transformer.query_width else None
+        tables = {name: getattr(self, name).weight for name in self.table_names}
         streams = []
         for encoder, sources in by_encoder.items():
             memory = self.transformer.encode(*projected, encoder)
             heads, wanted = self.heads, [claims[s.name] for s in sources]
             if encoder is not None:  # nobody else takes proposals of this memory
                 heads, wanted = sources[0].own.over(self.heads), [replace(c, rank=0) for c in wanted]
-            seeds = self.transformer.seeds(memory, heads, table, wanted)
+            seeds = self.transformer.seeds(memory, heads, tables, wanted)
             streams += [(source, memory, found) for source, found in zip(sources, seeds)]
         return streams
 
-    @staticmethod
-    def _add_proposals(sets: dict[str, SupervisedSet], source: GroupSource, proposals: Predictions) -> None:
+    def _add_proposals(self, sets: dict[str, SupervisedSet], source: GroupSource, proposals: Predictions) -> None:
         """Add the set `encoder`, and one more for a source that ranks proposals itself or has an encoder of its own."""
-        if source.proposal_embed is not None or source.own.encoder is not None:
-            sets[f"encoder_{source.name}"] = SupervisedSet(proposals, source.proposal_supervision)
+        apart = source.proposal_embed is not None or source.own.encoder is not None
+        taught = source.proposal_supervision if apart else ENCODER_SUPERVISION
+        taught = tuple(replace(s, class_agnostic=self.transformer.class_agnostic) for s in taught)
+        name = self.transformer.proposals_name
+        if apart:
+            sets[f"{name}_{source.name}"] = SupervisedSet(proposals, taught)
         else:
-            sets.setdefault("encoder", SupervisedSet(proposals, ENCODER_SUPERVISION))
+            sets.setdefault(name, SupervisedSet(proposals, taught))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -28,12 +29,13 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
-def shift_box(delta: Tensor, reference: Tensor) -> Tensor:
+def shift_box(delta: Tensor, reference: Tensor, eps: float = 1e-5) -> Tensor:
     """Return boxes (..., 4) in (0, 1): the offset `delta` (..., 4) added to `reference` before the sigmoid.
 
     A reference of 2 numbers (a point) shifts only the centre; one of 4 numbers (a box) all four. At least in float32.
+    `eps` clamps the reference (`util.boxes.inverse_sigmoid`).
     """
-    delta, anchor = at_least_float32(delta), inverse_sigmoid(at_least_float32(reference))
+    delta, anchor = at_least_float32(delta), inverse_sigmoid(at_least_float32(reference), eps)
     if anchor.shape[-1] == 2:
         delta = torch.cat([delta[..., :2] + anchor, delta[..., 2:]], -1)
     else:
@@ -45,23 +47,29 @@ def shift_box(delta: Tensor, reference: Tensor) -> Tensor:
 class Heads:
     """The heads by decoder layer; entry `dec_layers` (two-stage only) belongs to the encoder proposals."""
 
-    class_embed: nn.ModuleList
-    bbox_embed: nn.ModuleList
+    class_embed: Sequence[nn.Module]
+    bbox_embed: Sequence[nn.Module]
 
 
-def heads_of(*, width: int, num_classes: int, dec_layers: int, refine: bool, two_stage: bool) -> Heads:
+def heads_of(
+    *, width: int, num_classes: int, dec_layers: int, refine: bool, two_stage: bool, share: bool = False
+) -> Heads:
     """Return the heads with their published initial values.
 
-    Without refinement all layers share one pair; with refinement every layer has its own copy, and in two-stage there
-    is one more for the encoder. The prior of the class head is 0.01. The box size starts at sigmoid(-2) where the
-    reference is a point: in the shared head, or in copy 0; proposals are boxes already, so two-stage starts at 0.
+    Without refinement, or with `share` (DINO), all layers share one pair; otherwise every layer has its own copy. In
+    two-stage there is one more for the encoder. The prior of the class head is 0.01. The box size starts at sigmoid(-2)
+    in the shared head or in copy 0, as it should where references are points; proposals are boxes already, so two-stage
+    starts at 0. (The learned boxes of DAB are boxes too, and published with -2.)
     """
     class_head, box_head = nn.Linear(width, num_classes), MLP(width, width, 4, 3)
     nn.init.constant_(class_head.bias, -math.log((1 - 0.01) / 0.01))
     nn.init.zeros_(box_head.layers[-1].weight)
     nn.init.zeros_(box_head.layers[-1].bias)
     count = dec_layers + int(two_stage)
-    if refine:
+    if share:
+        last = [copy.deepcopy(head) for head in (class_head, box_head)] * two_stage
+        class_heads, box_heads = [class_head] * dec_layers + last[:1], [box_head] * dec_layers + last[1:]
+    elif refine:
         class_heads = [copy.deepcopy(class_head) for _ in range(count)]
         box_heads = [copy.deepcopy(box_head) for _ in range(count)]
     else:

@@ -26,7 +26,7 @@ def focal_classification(
     """Return `loss_ce` (L, N): the sigmoid focal loss summed over all images and classes.
 
     The target is 1 at the label of a matched slot and 0 everywhere else (RetinaNet; Deformable-DETR, section 5); the
-    weight of a pair takes the place of 1.
+    weight of a pair takes the place of 1. With `alpha` -1 positives and negatives count the same.
     Empty slots (`predictions.padding`) and `assignment.ignore` count nothing.
     """
     logits = at_least_float32(predictions.logits)
@@ -51,6 +51,7 @@ def soft_classification(
     """Return `loss_ce` (L, N): the quality focal loss with targets T in [0, 1], summed over all images and classes.
 
     alpha |T - p|^gamma BCE(p, T) where T > 0, else (1 - alpha) p^gamma BCE(p, 0): the focal loss where T is 0 or 1.
+    With `alpha` -1 both factors are 1, as in Generalized Focal Loss (arXiv 2006.04388, equation 2).
     T is the largest `assignment.score` (or `weight`, or 1) of the pairs of a slot and a class. Where a pair says -1 and
     no other says more, that class of the slot is left out.
 
@@ -60,7 +61,8 @@ def soft_classification(
     logits = at_least_float32(predictions.logits)
     target, left_out = _class_targets(logits, predictions, pairs, assignment, quality)
     p = logits.sigmoid()
-    factor = torch.where(target > 0, alpha * (target - p).abs() ** gamma, (1 - alpha) * p**gamma)
+    of_positive, of_negative = _balance(alpha)
+    factor = torch.where(target > 0, of_positive * (target - p).abs() ** gamma, of_negative * p**gamma)
     loss = factor * binary_cross_entropy_with_logits(logits, target, reduction="none")
     loss = loss.masked_fill(left_out, 0.0)
     return {"loss_ce": _without_ignored(loss, predictions, assignment).sum((1, 3))}
@@ -95,16 +97,22 @@ def pairwise_classification(
     """
     logits = at_least_float32(predictions.logits)
     p = logits.sigmoid()
-    negative = (1 - alpha) * p**gamma * softplus(logits)
+    of_positive, of_negative = _balance(alpha)
+    negative = of_negative * p**gamma * softplus(logits)
     background = negative.sum(-1)
     where = (assignment.layer, assignment.image, assignment.slot)
     own, own_p = logits[(*where, pairs.labels)], p[(*where, pairs.labels)]
-    positive = alpha * (1 - own_p) ** gamma * softplus(-own)
+    positive = of_positive * (1 - own_p) ** gamma * softplus(-own)
     loss = background[where] + positive - negative[(*where, pairs.labels)]
     weight = torch.ones_like(loss) if assignment.weight is None else assignment.weight
     taught = torch.zeros_like(background).index_put(where, weight.detach(), accumulate=True) > 0
     values = background.masked_fill(taught, 0.0).index_put(where, weight * loss, accumulate=True)
     return {"loss_ce": _without_ignored(values[..., None], predictions, assignment).sum((1, 3))}
+
+
+def _balance(alpha: float) -> tuple[float, float]:
+    """Return the factors of positives and negatives; below 0 stands for 1 and 1, as in torchvision's focal loss."""
+    return (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
 
 
 def _without_ignored(loss: Tensor, predictions: Predictions, assignment: Assignment) -> Tensor:
@@ -116,11 +124,13 @@ def _without_ignored(loss: Tensor, predictions: Predictions, assignment: Assignm
     return loss
 
 
-def box_regression(predictions: Predictions, pairs: TargetPairs, assignment: Assignment) -> dict[str, Tensor]:
+def box_regression(
+    predictions: Predictions, pairs: TargetPairs, assignment: Assignment, *, giou_eps: float = 0.0
+) -> dict[str, Tensor]:
     """Return `loss_bbox` and `loss_giou`, (L, N) each: sums over the matched pairs of L1 of cxcywh and of 1 - GIoU."""
     boxes = at_least_float32(predictions.boxes[assignment.layer, assignment.image, assignment.slot])
     l1 = (boxes - pairs.boxes).abs().sum(-1)
-    giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
+    giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes), giou_eps)
     if assignment.weight is not None:
         l1, giou = l1 * assignment.weight, giou * assignment.weight
     return {

@@ -28,6 +28,10 @@ def build_decoder(args: Namespace) -> DeformableDecoder:
         ],
         refine=args.with_box_refine,
         look_forward_twice=args.look_forward_twice,
+        anchors=args.query_pos == "box",
+        scale_positions=args.query_scale,
+        norm=args.decoder_norm,
+        eps=args.logit_eps,
         use_checkpoint=args.use_checkpoint,
     )
 
@@ -40,6 +44,7 @@ def build_heads(args: Namespace) -> Heads:
         dec_layers=args.dec_layers,
         refine=args.with_box_refine,
         two_stage=args.two_stage,
+        share=args.share_heads,
     )
 
 

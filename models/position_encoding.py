@@ -23,14 +23,19 @@ class SinePositionEncoding(nn.Module):
         num_feats: F, features per axis; even. The encoding has 2 F channels.
         temperature: base of the geometric series of wavelengths.
         scale: the angle that one full valid height or width is mapped to, in radians.
+        shift: subtracted from the number of a cell, counted from 1: 0.5 puts it into the cell's middle, 0 (DAB-DETR,
+            DINO) onto its far border.
     """
 
-    def __init__(self, num_feats: int, temperature: float = 10000.0, scale: float = 2 * math.pi) -> None:
+    def __init__(
+        self, num_feats: int, temperature: float = 10000.0, scale: float = 2 * math.pi, shift: float = 0.5
+    ) -> None:
         super().__init__()
         _check_even(num_feats)
         self.num_feats = num_feats
         self.temperature = temperature
         self.scale = scale
+        self.shift = shift
 
     def forward(self, padding: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the encoding (B, 2 F, h, w) of maps with `padding` (B, h, w) bool, True on padding.
@@ -42,8 +47,8 @@ class SinePositionEncoding(nn.Module):
         valid = ~padding
         rows = valid.cumsum(1, dtype=torch.float32)
         columns = valid.cumsum(2, dtype=torch.float32)
-        rows = (rows - 0.5) / (rows[:, -1:, :] + 1e-6) * self.scale
-        columns = (columns - 0.5) / (columns[:, :, -1:] + 1e-6) * self.scale
+        rows = (rows - self.shift) / (rows[:, -1:, :] + 1e-6) * self.scale
+        columns = (columns - self.shift) / (columns[:, :, -1:] + 1e-6) * self.scale
         encoded = [_sine(angle, self.num_feats, self.temperature) for angle in (rows, columns)]
         return torch.cat(encoded, dim=-1).permute(0, 3, 1, 2).to(dtype)
 
@@ -96,7 +101,8 @@ def build_position_encoding(args: Namespace) -> nn.Module:
         raise UserError(f"--hidden_dim must be a multiple of 4 for the position encoding, got {args.hidden_dim}")
     num_feats = args.hidden_dim // 2
     if args.position_embedding == "sine":
-        return SinePositionEncoding(num_feats, scale=args.position_embedding_scale)
+        shift = 0.5 if args.pe_half_cell else 0.0
+        return SinePositionEncoding(num_feats, args.pe_temperature, args.position_embedding_scale, shift)
     if args.position_embedding == "learned":
         return LearnedPositionEncoding(num_feats)
     raise UserError(f"--position_embedding must be sine or learned, got {args.position_embedding!r}")

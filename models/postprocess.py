@@ -53,13 +53,13 @@ class PostProcessor(nn.Module):
         self.group = group
 
     def forward(
-        self, output: DetectorOutput, orig_sizes: Sequence[tuple[int, int]], image_ids: Sequence[int]
+        self, output: DetectorOutput, orig_sizes: Sequence[tuple[float, float]], image_ids: Sequence[int]
     ) -> list[Detections]:
         """Return the detections of each image, best first.
 
         Args:
             output: of the detector for B images.
-            orig_sizes: (h, w) of each image's file, pixels.
+            orig_sizes: (h, w) of each image's file, pixels; of a square of `--augment lsj` what it covers in the file.
             image_ids: id of each image.
         """
         if self.group in output.aux_detections:
@@ -69,7 +69,7 @@ class PostProcessor(nn.Module):
 
     @torch.no_grad()
     def _of_head(
-        self, found: list[Detections], orig_sizes: Sequence[tuple[int, int]], image_ids: Sequence[int]
+        self, found: list[Detections], orig_sizes: Sequence[tuple[float, float]], image_ids: Sequence[int]
     ) -> list[Detections]:
         """Return the detections of an auxiliary head, whose boxes are relative, in pixels of the files."""
         scales = [torch.tensor((w, h, w, h)) for h, w in orig_sizes]
@@ -86,7 +86,7 @@ class PostProcessor(nn.Module):
 
     @torch.no_grad()
     def select(
-        self, logits: Tensor, boxes: Tensor, orig_sizes: Sequence[tuple[int, int]], image_ids: Sequence[int]
+        self, logits: Tensor, boxes: Tensor, orig_sizes: Sequence[tuple[float, float]], image_ids: Sequence[int]
     ) -> list[Detections]:
         """Do the same from logits (B, Q, C) and boxes (B, Q, 4) cxcywh in [0, 1]."""
         num_queries, num_classes = logits.shape[1:]

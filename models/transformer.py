@@ -2,12 +2,13 @@
 
 There is one class per origin of the queries, so that its layers have the published names
 (`transformer.reference_points`, `transformer.enc_output`, ...). A training scheme (`models/groups/`) asks for ranked
-rows of these queries and does not know the origin: every scheme works with learned and with proposal queries.
+rows of these queries and does not know the origin: every scheme works with learned and with proposal queries. The
+origins of DAB and DINO, whose queries are boxes in every layer, are in `models.anchors`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from util.structures import Claim, Memory, Predictions, Seeds
 class DeformableTransformer(nn.Module):
     """What all origins of the queries share: level embedding, encoder and decoder."""
 
-    query_width: int  # columns of the table `query_embed`, 0 = there is none
+    proposals_name = "encoder"  # of the set of proposals, in two-stage
+    class_agnostic = True  # proposals are taught "object"
 
     def __init__(self, encoder: DeformableEncoder, decoder: DeformableDecoder, *, num_levels: int, width: int) -> None:
         super().__init__()
@@ -46,13 +48,28 @@ class DeformableTransformer(nn.Module):
         levels = [p.to(m.dtype) + e[:, None, None] for p, m, e in zip(positions, maps, self.level_embed)]
         return (encoder or self.encoder)(maps, levels, paddings)
 
-    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
+    def own_heads(self, heads: Heads) -> tuple[nn.ModuleList, nn.ModuleList]:
+        """Return class and box heads as they lie at the top of the detector; an origin may keep those of proposals."""
+        return nn.ModuleList(heads.class_embed), nn.ModuleList(heads.bbox_embed)
+
+    def all_heads(self, class_embed: nn.ModuleList, bbox_embed: nn.ModuleList) -> Heads:
+        """Return the heads of the decoder layers and of the proposals, given those at the top of the detector."""
+        return Heads(class_embed, bbox_embed)
+
+    def make_tables(self, rows: int) -> dict[str, nn.Embedding]:
+        """Return the learned tables with a row per query that lie at the top of the detector, by published name.
+
+        Tables that published files hold inside the transformer are put there.
+        """
+        return {}
+
+    def seeds(self, memory: Memory, heads: Heads, tables: Mapping[str, Tensor], claims: Sequence[Claim]) -> list[Seeds]:
         """Return the first queries of each claim.
 
         Args:
             memory: of the encoder.
             heads: those of the encoder proposals, in two-stage.
-            table: weight of `query_embed`, if there is one.
+            tables: weights of what `make_tables` returned.
             claims: which ranks are wanted; they do not overlap. There may be fewer queries than a claim asks for.
         """
         raise NotImplementedError
@@ -66,13 +83,15 @@ class LearnedQueryTransformer(DeformableTransformer):
 
     def __init__(self, encoder: DeformableEncoder, decoder: DeformableDecoder, *, num_levels: int, width: int) -> None:
         super().__init__(encoder, decoder, num_levels=num_levels, width=width)
-        self.query_width = 2 * width
         self.reference_points = nn.Linear(width, 2)
         nn.init.xavier_uniform_(self.reference_points.weight)
         nn.init.zeros_(self.reference_points.bias)
 
-    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
-        rows = table[: max(c.rows.stop for c in claims)].expand(len(memory.tokens), -1, -1)
+    def make_tables(self, rows: int) -> dict[str, nn.Embedding]:
+        return {"query_embed": nn.Embedding(rows, 2 * self.reference_points.in_features)}
+
+    def seeds(self, memory: Memory, heads: Heads, tables: Mapping[str, Tensor], claims: Sequence[Claim]) -> list[Seeds]:
+        rows = tables["query_embed"][: max(c.rows.stop for c in claims)].expand(len(memory.tokens), -1, -1)
         pos, content = rows.chunk(2, dim=-1)
         reference = at_least_float32(self.reference_points(pos)).sigmoid()
         return [Seeds(content[:, c.rows], pos[:, c.rows], reference[:, c.rows]) for c in claims]
@@ -96,7 +115,6 @@ class TwoStageTransformer(DeformableTransformer):
         mixed_selection: bool,
     ) -> None:
         super().__init__(encoder, decoder, num_levels=num_levels, width=width)
-        self.query_width = width if mixed_selection else 0
         self.mixed_selection = mixed_selection
         self.enc_output = nn.Linear(width, width)
         self.enc_output_norm = nn.LayerNorm(width)
@@ -104,6 +122,9 @@ class TwoStageTransformer(DeformableTransformer):
         self.pos_trans_norm = nn.LayerNorm(2 * width)
         xavier_matrices(self.enc_output)
         xavier_matrices(self.pos_trans)
+
+    def make_tables(self, rows: int) -> dict[str, nn.Embedding]:
+        return {"query_embed": nn.Embedding(rows, self.enc_output.out_features)} if self.mixed_selection else {}
 
     def propose(self, memory: Memory, heads: Heads) -> tuple[Predictions, Tensor, Tensor]:
         """Score every token as a proposal.
@@ -120,7 +141,7 @@ class TwoStageTransformer(DeformableTransformer):
         box_logits = at_least_float32(heads.bbox_embed[-1](tokens)) + prior
         return Predictions(scores[None], box_logits.sigmoid()[None], embeds=[tokens]), box_logits, tokens
 
-    def seeds(self, memory: Memory, heads: Heads, table: Tensor | None, claims: Sequence[Claim]) -> list[Seeds]:
+    def seeds(self, memory: Memory, heads: Heads, tables: Mapping[str, Tensor], claims: Sequence[Claim]) -> list[Seeds]:
         encoder, box_logits, tokens = self.propose(memory, heads)
         ranked = [c.ranks.stop for c in claims if c.scorer is None]
         best = proposals.select_top(_objectness(encoder), max(ranked)) if ranked else None
@@ -141,6 +162,7 @@ class TwoStageTransformer(DeformableTransformer):
         contents = content.split(sizes, 1)
         if self.mixed_selection:
             # The second half is thrown away, but the norm still runs over both halves.
+            table = tables["query_embed"]
             rows = [table[c.start : c.start + size] for c, size in zip(claims, sizes)]
             contents = [row.expand(len(boxes), -1, -1) for row in rows]
         return [Seeds(*parts) for parts in zip(contents, pos.split(sizes, 1), boxes.split(sizes, 1), seen)]

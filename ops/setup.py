@@ -27,12 +27,12 @@ def wanted_kernels() -> list[str]:
     host = ["cpu", "assignment"]
     forced = os.environ.get("FORCE_CUDA", "0") == "1"
     if not forced and not torch.cuda.is_available():
-        print("ops: no GPU is visible, building the cpu kernel only (FORCE_CUDA=1 builds the cuda kernel too)")
+        print("ops: no GPU is visible, building for the CPU only (FORCE_CUDA=1 builds the cuda kernel too)")
         return host
     if reason := build.why_not_buildable("cuda"):
         if forced:
             sys.exit(f"ops: FORCE_CUDA=1, but the cuda kernel cannot be built: {reason}")
-        print(f"ops: building the cpu kernel only: {reason}")
+        print(f"ops: building for the CPU only: {reason}")
         return host
     return [*host, "cuda"]
 

@@ -1,4 +1,4 @@
-"""A tiny Co-Deformable-DETR as mmdet stores it: the published names, written down by hand, over drawn numbers."""
+"""A tiny Co-Deformable-DETR or Co-DINO as mmdet stores it: the published names, by hand, over drawn numbers."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def mmdet_state(
     refine: bool = True,
     heads: Sequence[str] = ("faster_rcnn", "atss"),
     classes: int = CLASSES,
+    boxes: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the state dict of a ResNet-18 model: mixed selection in two-stage, auxiliary `heads`.
+    """Return the state dict of a ResNet-18 model: mixed selection in two-stage, auxiliary `heads`; `boxes`: Co-DINO.
 
     Heads that the layers share (no refinement) are stored under every layer's index.
     """
     backbone = torchvision.models.resnet18(weights=None).state_dict()
     parts = [(f"backbone.{n}", tuple(v.shape)) for n, v in backbone.items() if not n.startswith("fc.")]
-    parts += [*_neck(), *_layers(), *_queries(two_stage), *_branches(two_stage, classes), *_auxiliary(heads, classes)]
+    queries = _box_queries(classes) if boxes else _queries(two_stage)
+    parts += [*_neck(), *_layers(), *queries, *_branches(two_stage, classes), *_auxiliary(heads, classes, boxes)]
     state = {name: torch.from_numpy(draw(name, shape)) for name, shape in parts}
     state.update({n: torch.tensor(7) for n in state if n.endswith("num_batches_tracked")})
     if not refine:
@@ -107,6 +109,17 @@ def _queries(two_stage: bool) -> Iterator[Part]:
     yield "query_head.query_embedding.weight", (QUERIES, WIDTH if two_stage else 2 * WIDTH)
 
 
+def _box_queries(classes: int) -> Iterator[Part]:
+    transformer = "query_head.transformer"
+    yield from _layer(f"{transformer}.decoder.ref_point_head.0", WIDTH, 2 * WIDTH)
+    yield from _layer(f"{transformer}.decoder.ref_point_head.2", WIDTH, WIDTH)
+    yield from _layer(f"{transformer}.decoder.norm", WIDTH)
+    yield from _layer(f"{transformer}.enc_output", WIDTH, WIDTH)
+    yield from _layer(f"{transformer}.enc_output_norm", WIDTH)
+    yield f"{transformer}.query_embed.weight", (QUERIES, WIDTH)
+    yield "query_head.label_embedding.weight", (classes, WIDTH)
+
+
 def _branches(two_stage: bool, classes: int) -> Iterator[Part]:
     for i in range(DECODER_LAYERS + two_stage):
         yield from _layer(f"query_head.cls_branches.{i}", classes, WIDTH)
@@ -114,14 +127,17 @@ def _branches(two_stage: bool, classes: int) -> Iterator[Part]:
             yield from _layer(f"query_head.reg_branches.{i}.{j}", rows, WIDTH)
 
 
-def _auxiliary(heads: Sequence[str], classes: int) -> Iterator[Part]:
+def _auxiliary(heads: Sequence[str], classes: int, boxes: bool) -> Iterator[Part]:
     if heads:
         yield from _layer("query_head.downsample.0", WIDTH, WIDTH, 3, 3)
         yield from _layer("query_head.downsample.1", WIDTH)
-        yield "query_head.transformer.head_pos_embed.weight", (2, 1)
+        made = WIDTH if boxes else 2 * WIDTH
         for i in range(2):  # with one head too
-            yield from _layer(f"query_head.transformer.aux_pos_trans.{i}", 2 * WIDTH, 2 * WIDTH)
-            yield from _layer(f"query_head.transformer.aux_pos_trans_norm.{i}", 2 * WIDTH)
+            yield from _layer(f"query_head.transformer.aux_pos_trans.{i}", made, 2 * WIDTH)
+            yield from _layer(f"query_head.transformer.aux_pos_trans_norm.{i}", made)
+    if heads and not boxes:
+        yield "query_head.transformer.head_pos_embed.weight", (2, 1)
+        for i in range(2):
             yield from _layer(f"query_head.transformer.pos_feats_trans.{i}", WIDTH, WIDTH)
             yield from _layer(f"query_head.transformer.pos_feats_norm.{i}", WIDTH)
     if "faster_rcnn" in heads:

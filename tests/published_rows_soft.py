@@ -41,7 +41,10 @@ def variants() -> dict[str, Row]:
 
 
 def ablations() -> dict[str, Row]:
-    """Rows that change one thing of `soft`; its own value of each is the preset `variants/soft`."""
+    """Rows that change one thing of `soft`, whose own value is `variants/soft`; `corr*` change `grad_probe_query`.
+
+    The weight of the correspondence loss matters only where that loss trains more than the probe.
+    """
     changes: dict[str, Flags] = {
         "logits_dot": {"probe_logits": "dot"},
         "scale10": {"logit_scale_max": 10.0},
@@ -63,8 +66,8 @@ def ablations() -> dict[str, Row]:
         "background_off": {"soft_background": False},
         "grad_probe_query": {"corr_grad": "probe+query"},
         "grad_full": {"corr_grad": "full"},
-        "corr0.5": {"corr_loss_coef": 0.5},
-        "corr2": {"corr_loss_coef": 2.0},
+        "corr0.5": {"corr_grad": "probe+query", "corr_loss_coef": 0.5},
+        "corr2": {"corr_grad": "probe+query", "corr_loss_coef": 2.0},
         "norm_column": {"soft_norm": "column"},
         "norm_global": {"soft_norm": "global"},
         "extra_layers5": {"soft_extra_layers": 5},

@@ -13,6 +13,8 @@ import pytest
 
 from tests import published_rows
 from tests.published_rows_co import CO_DETR
+from tests.published_rows_co_dino import CO_DETR_ON_DINO
+from tests.published_rows_dino import DAB_DINO
 from tests.published_rows_soft import MATCH_FREE
 from util.arg_rules import check_args
 from util.args import get_args_parser
@@ -20,7 +22,7 @@ from util.args import get_args_parser
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
 PRESETS = sorted(CONFIGS.rglob("*/*.sh"))
-PUBLISHED = published_rows.PUBLISHED | CO_DETR | MATCH_FREE
+PUBLISHED = published_rows.PUBLISHED | CO_DETR | CO_DETR_ON_DINO | DAB_DINO | MATCH_FREE
 SHELL_FILES = [*PRESETS, *sorted(CONFIGS.glob("*.sh")), ROOT / "tests" / "run.sh", ROOT / ".ci" / "run"]
 
 

@@ -10,16 +10,18 @@ import pytest
 import torch
 
 from models import build_model
+from tests.golden.runners import co_dino
 from tests.test_configs import CONFIGS, PRESETS, flags_of, name_of, parsed
 from tests.tiny import tiny_images, tiny_targets
 
 FULL_SIZE = [CONFIGS / "bccd" / "r18_cpu.sh", *sorted((CONFIGS / "deformable_detr").glob("*.sh"))]
 FULL_SIZE += [CONFIGS / "h_detr" / f"hybrid_{name}_36ep.sh" for name in ("r50", "swin_tiny", "swin_large")]
+FULL_SIZE += [CONFIGS / "dab_dino" / f"{name}.sh" for name in ("dab_deformable_r50_50ep", "dino_5scale_r50_12ep")]
 FULL_SIZE += [CONFIGS / "co_detr" / f"k2_{name}_12ep.sh" for name in ("swin_small", "swin_base", "swin_large")]
 FULL_SIZE += [CONFIGS / "match_free" / "variants" / "soft.sh"]
 SMALL = (
     "--backbone resnet18 --enc_layers 1 --dec_layers 2 --hybrid_layers 1 --hidden_dim 64 --dim_feedforward 96 "
-    "--num_queries_one2one 30"
+    "--num_queries_one2one 30 --topk 100"
 )
 # Cells of the encoder, and so proposals of two stages: 639 at full size, 256 at the small one.
 LARGE_IMAGES = [(160, 192), (121, 156)]
@@ -28,7 +30,7 @@ SMALL_IMAGES = [(96, 128), (80, 101)]
 # What the other flags of a model differ in are numbers: sizes, rates, repeats.
 SWITCHES = (
     "with_box_refine two_stage mixed_selection look_forward_twice dilation num_feature_levels "
-    "hybrid one2many_own one2many_proposals one2many_groups eval_group eval_head matcher"
+    "hybrid one2many_own one2many_proposals one2many_groups eval_group eval_head query_pos matcher"
 ).split()
 
 
@@ -43,7 +45,7 @@ def structure_of(preset: Path) -> tuple[object, ...]:
     args = args_of(preset)
     branch = args.num_queries_one2many > 0 and args.k_one2many > 0
     heads = (*args.aux_heads, args.lambda1 > 0, args.lambda2 > 0, args.aux_convs > 0)
-    return (branch, args.nms_iou > 0, *heads, *(getattr(args, name) for name in SWITCHES))
+    return (branch, args.nms_iou > 0, args.dn_number > 0, *heads, *(getattr(args, name) for name in SWITCHES))
 
 
 def one_of_each_other_structure() -> list[Path]:
@@ -72,7 +74,8 @@ def train_and_detect(args: Namespace, sizes: list[tuple[int, int]]) -> None:
     assert len(detections) == 2
     for found in detections:
         assert 0 < len(found.scores) <= args.topk
-        assert args.nms_iou > 0 or args.eval_head or len(found.scores) == args.topk
+        every = args.nms_iou == args.soft_nms_iou == 0 and not args.eval_head  # else some may have dropped out
+        assert not every or len(found.scores) == args.topk
 
 
 @pytest.mark.parametrize("preset", FULL_SIZE, ids=name_of)
@@ -83,6 +86,13 @@ def test_preset_makes_a_training_step_at_full_size_and_detects(preset: Path) -> 
 @pytest.mark.parametrize("preset", one_of_each_other_structure(), ids=name_of)
 def test_every_other_structure_makes_a_training_step_and_detects(preset: Path) -> None:
     train_and_detect(args_of(preset, SMALL), SMALL_IMAGES)
+
+
+def test_the_model_of_the_co_dino_presets_is_the_one_that_a_stored_case_checks() -> None:
+    checked = vars(parsed(co_dino.FLAGS.split()))
+    preset = vars(parsed(flags_of(CONFIGS / "co_detr" / "co_dino_5scale_r50_12ep.sh")))
+    recipe = set("output_dir category_ids antialias lr_linear_proj_mult recipe_batch_size epochs lr_drop".split())
+    assert {name for name, value in checked.items() if preset[name] != value} == recipe
 
 
 def test_every_backbone_of_the_presets_is_built_at_full_size() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from util.anchor_args import anchor_rules
 from util.errors import UserError
+from util.idle_flags import class_target, idle_flags
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
 BRANCH_ONLY = {"one2many_groups": "joint", "one2many_proposals": "rank", "one2many_own": "nothing"}
@@ -31,7 +33,7 @@ Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
 
 
 def _rules(a: argparse.Namespace) -> Rules:
-    parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules)
+    parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules)
     return [rule for part in parts for rule in part(a)]
 
 
@@ -40,7 +42,7 @@ def _bounds(a: argparse.Namespace) -> Rules:
     positive = "batch_size eval_batch_size grad_accum_steps epochs num_queries_one2one hidden_dim nheads topk".split()
     positive += "enc_layers dec_layers enc_n_points dec_n_points dim_feedforward".split()
     positive += "save_every eval_every max_nonfinite print_freq".split()
-    positive += "recipe_batch_size lr_drop max_size dist_timeout max_pos_coords roi_samples".split()
+    positive += "recipe_batch_size lr_drop max_size lsj_size dist_timeout max_pos_coords roi_samples".split()
     not_negative = "num_workers test_size draw start_epoch save_steps warmup_steps clip_max_norm".split()
     not_negative.append("plot_correspondence")
     not_negative += (
@@ -93,6 +95,10 @@ def _run_rules(a: argparse.Namespace) -> Rules:
             "--analyse needs --resume CHECKPOINT, and --output_dir for its results",
         ),
         (
+            bool(a.analyse) and a.plot_correspondence > 0,
+            "--analyse makes no pictures of correspondences: leave out --plot_correspondence, or use --eval",
+        ),
+        (
             not a.analyse and bool(a.analyse_label or a.analyse_with),
             "--analyse_label and --analyse_with belong to --analyse NAME: add it",
         ),
@@ -117,10 +123,21 @@ def _data_rules(a: argparse.Namespace) -> Rules:
         (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),
         (not 0 <= a.dropout < 1, f"--dropout {a.dropout}: must be in [0, 1)"),
         (not 0 <= a.drop_path_rate < 1, f"--drop_path_rate {a.drop_path_rate}: must be in [0, 1)"),
-        (not 0 <= a.focal_alpha <= 1, f"--focal_alpha {a.focal_alpha}: must be in [0, 1]"),
+        (
+            not (0 <= a.focal_alpha <= 1 or a.focal_alpha == -1),
+            f"--focal_alpha {a.focal_alpha}: must be in [0, 1], or -1 for no balance",
+        ),
         (min(a.lr_drop_epochs or [1]) < 1, f"--lr_drop_epochs {a.lr_drop_epochs}: count finished epochs, from 1"),
         (not 0 < a.ema_decay < 1, f"--ema_decay {a.ema_decay}: must be between 0 and 1"),
         (a.crop_range[0] > a.crop_range[1], f"--crop_range {a.crop_range}: the smallest side comes first"),
+        (
+            a.augment != "lsj" and (a.lsj_size != 1024 or a.lsj_scale != [0.1, 2.0]),
+            "--lsj_size and --lsj_scale are for large-scale jitter: add --augment lsj",
+        ),
+        (
+            not 0 < a.lsj_scale[0] <= a.lsj_scale[1],
+            f"--lsj_scale {a.lsj_scale}: factors above 0, the smallest comes first",
+        ),
         (not 0 <= a.nms_iou <= 1, f"--nms_iou {a.nms_iou}: an IoU, 0 (no NMS) to 1"),
         (not 0 <= a.soft_nms_iou <= 1, f"--soft_nms_iou {a.soft_nms_iou}: an IoU, 0 (no soft-NMS) to 1"),
         (a.nms_iou > 0 and a.soft_nms_iou > 0, "--nms_iou and --soft_nms_iou: give one of them"),
@@ -146,6 +163,11 @@ def _head_rules(a: argparse.Namespace) -> Rules:
         (
             bool(a.eval_head) and a.nms_iou + a.soft_nms_iou > 0,
             "--eval_head: auxiliary heads have NMS of their own; leave out --nms_iou and --soft_nms_iou",
+        ),
+        (
+            bool(a.aux_heads) and a.query_pos == "box" and a.head_embed != "number",
+            f"--head_embed {a.head_embed} changes the positions that heads give their queries; with --query_pos box "
+            "they give none: leave it out",
         ),
         (bool(a.eval_head) and not a.aux_heads, f"--eval_head {a.eval_head}: needs --aux_heads {a.eval_head}"),
     ]
@@ -190,7 +212,6 @@ def _hybrid_rules(a: argparse.Namespace) -> Rules:
 def _matcher_rules(a: argparse.Namespace) -> Rules:
     """Return the same for the flags of matchers; None is a flag that was not given."""
     learned = a.matcher.startswith("soft") or a.enc_matcher == "soft"
-    greedy = learned or "cost-greedy" in (a.matcher, a.enc_matcher)
     given = [f"--{n} {getattr(a, n)}" for n in SOFT_ONLY if getattr(a, n) is not None]
     shares = {n: getattr(a, n) for n in ("scg_rho", "scg_switch", "soft_warmup_share")}
     layers = a.soft_extra_layers or 0
@@ -211,16 +232,11 @@ def _matcher_rules(a: argparse.Namespace) -> Rules:
             f"--cls_target {a.cls_target}: --matcher {a.matcher} makes no weights; use hard or quality",
         ),
         (
-            bool(a.extra_cls) and a.cls_target not in ("hard", "quality"),
+            bool(a.extra_cls) and class_target(a) not in ("hard", "quality"),
             f"--extra_cls {a.extra_cls}: with weights as targets there is nothing to say; add --cls_target hard",
         ),
-        (a.greedy_rounds is not None and not greedy, "--greedy_rounds: nobody bids here; add --matcher cost-greedy"),
         (a.greedy_rounds is not None and a.greedy_rounds < 1, f"--greedy_rounds {a.greedy_rounds}: must be at least 1"),
         *((v is not None and not 0 <= v <= 1, f"--{n} {v}: a share, 0 to 1") for n, v in shares.items()),
-        (
-            (a.scg_switch or 0) > 0 and a.scg == "rounds",
-            "--scg_switch changes to --scg rounds, which is there from the start: leave out one of them",
-        ),
         ((a.logit_scale_max or 1) <= 0, f"--logit_scale_max {a.logit_scale_max}: must be above 0"),
         ((a.probe_entropy or 0) < 0, f"--probe_entropy {a.probe_entropy}: must be 0 or more"),
         (
@@ -228,6 +244,7 @@ def _matcher_rules(a: argparse.Namespace) -> Rules:
             "--logit_scale_max is for --probe_logits cosine: dot products have no scale",
         ),
         (not 0 <= layers <= a.dec_layers, f"--soft_extra_layers {layers}: 0 to --dec_layers {a.dec_layers}"),
+        *((True, message) for message in idle_flags(a).values()),
         *_consistency_rules(a, layers),
     ]
 

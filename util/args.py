@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from util.anchor_args import add_anchors, add_denoising
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
@@ -29,7 +30,9 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_backbone,
         _add_transformer,
         add_queries,
+        add_anchors,
         add_hybrid,
+        add_denoising,
         add_soft,
         add_auxiliary,
         add_losses,
@@ -117,9 +120,18 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment",
         default="detr",
-        choices=["detr", "resize", "flip", "none"],
+        choices=["detr", "resize", "flip", "none", "lsj"],
         help="training augmentation: detr = flip and (resize or resize-crop-resize); resize = flip and resize; "
-        "flip = only the flip, at the evaluation size; none",
+        "flip = only the flip, at the evaluation size; none; lsj = large-scale jitter on squares, in evaluation too "
+        "(Co-DINO): sizes are those of --lsj_size only",
+    )
+    group.add_argument("--lsj_size", default=1024, type=int, help="side of the square of --augment lsj, pixels")
+    group.add_argument(
+        "--lsj_scale",
+        nargs=2,
+        type=float,
+        default=[0.1, 2.0],
+        help="smallest and largest factor of --augment lsj; 1: the image just fits into the square",
     )
     group.add_argument(
         "--train_scales", nargs="+", type=int, default=list(range(480, 801, 32)), help="shorter sides drawn, pixels"
@@ -136,6 +148,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="shrink images with PIL's antialiased filter (DETR); --no-antialias: plain bilinear (Co-DETR)",
     )
+    _add_evaluation(group)
+
+
+def _add_evaluation(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--eval_batch_size", default=1, type=int, help="images per process in evaluation")
     group.add_argument(
         "--eval_in_training_set", action=SWITCH, default=False, help="evaluate on the training images (H-DETR)"
@@ -199,8 +215,19 @@ def _add_backbone(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop_path_rate", default=0.2, type=float, help="stochastic depth of Swin")
     group.add_argument("--position_embedding", default="sine", choices=["sine", "learned"], help="of image features")
     group.add_argument("--position_embedding_scale", default=6.283185307179586, type=float, help="2 pi; of the sine")
+    group.add_argument("--pe_temperature", default=10000.0, type=float, help="of the sine (DINO: 20)")
+    group.add_argument(
+        "--pe_half_cell", action=SWITCH, default=True, help="the sine starts in the middle of a cell (DINO: off)"
+    )
     group.add_argument(
         "--num_feature_levels", default=4, type=int, help="1, or 3 backbone maps and extra stride-2 levels"
+    )
+    group.add_argument(
+        "--return_interm_indices",
+        nargs="+",
+        type=int,
+        help="backbone maps that are used, 0 (stride 4) to 3 (stride 32); 5 levels of DINO: 0 1 2 3 "
+        "(default: 1 2 3, with one level 3)",
     )
 
 

@@ -23,6 +23,7 @@ from models.criterion import Criterion
 from util.arg_rules import SOFT_ONLY
 from util.bench_common import Samples, random_boxes, random_targets, total_loss, waiter
 from util.boxes import cxcywh_to_xyxy
+from util.idle_flags import idle_flags
 from util.rng import seed_everything
 from util.structures import (
     Assignment,
@@ -35,7 +36,7 @@ from util.structures import (
 )
 
 PUBLISHED, OURS, GREEDY, SOFT = "hungarian-published", "hungarian", "cost-greedy", "soft"
-# Flags of each matcher; those of the command line win where the matcher knows them.
+# What makes each matcher. Other flags come from the command line where the matcher knows them.
 MATCHERS: dict[str, dict[str, str]] = {
     PUBLISHED: {"matcher": "hungarian"},
     OURS: {"matcher": "hungarian"},
@@ -186,16 +187,17 @@ class Contender:
 
 
 def args_of(args: Namespace, name: str) -> Namespace:
-    """Return `args` with the matcher `name`, without flags that this matcher does not know."""
-    own = MATCHERS[name]
-    given = {**own, **{flag: getattr(args, flag) for flag in own if flag != "matcher" and getattr(args, flag)}}
-    if not own["matcher"].startswith("soft"):
+    """Return `args` with the matcher `name`, without flags that this matcher does not know or that change nothing.
+
+    What makes the matcher wins over `args`: `soft-rounds` has rounds with `--scg rowpeak` too.
+    """
+    given = {**vars(args), **MATCHERS[name]}
+    if not given["matcher"].startswith("soft"):
         given |= dict.fromkeys(SOFT_ONLY)
         if args.cls_target in ("weight", "pairwise"):  # there are no weights
             given["cls_target"] = None
-    if own["matcher"] == "hungarian":
-        given["greedy_rounds"] = None
-    return Namespace(**{**vars(args), **given})
+    nothing = {flag: 1.0 if flag == "corr_loss_coef" else None for flag in idle_flags(Namespace(**given))}
+    return Namespace(**given | nothing)
 
 
 def contenders(args: Namespace, names: Sequence[str], device: torch.device | str = "cpu") -> list[Contender]:

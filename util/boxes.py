@@ -12,13 +12,20 @@ def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Return (..., 4) corner boxes as (..., 4) centre boxes, in the same unit."""
+    return box_convert(boxes, "xyxy", "cxcywh")
+
+
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """Return the IoU of all pairs, (N, M), of corner boxes (N, 4) and (M, 4)."""
     return box_iou(a, b)
 
 
-def paired_giou(a: Tensor, b: Tensor) -> Tensor:
+def paired_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """Return the generalised IoU, (...), of the corner boxes `a` and `b`, (..., 4) each or broadcast to it.
+
+    `eps` is added to both denominators (DAB-DETR and DINO: 1e-6).
 
     No assertion on well-formed boxes: a check would synchronise with the device. Non-finite boxes give non-finite
     values, which the training step finds and names.
@@ -28,7 +35,7 @@ def paired_giou(a: Tensor, b: Tensor) -> Tensor:
     width = (torch.maximum(right_a, right_b) - torch.minimum(left_a, left_b)).clamp(min=0)
     height = (torch.maximum(bottom_a, bottom_b) - torch.minimum(top_a, top_b)).clamp(min=0)
     hull = width * height
-    return inter / union - (hull - union) / hull
+    return inter / (union + eps) - (hull - union) / (hull + eps)
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:

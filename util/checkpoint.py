@@ -192,7 +192,8 @@ def load_criterion(criterion: nn.Module, content: Mapping[str, Any], name: str) 
     except RuntimeError as error:
         raise UserError(
             f"checkpoint {name} was trained with another matcher: use its --matcher, --enc_matcher, --probe_logits, "
-            f"--box_code, --key_box and --probe_per_layer ({str(error).splitlines()[-1].strip()})"
+            "--box_code, --key_box and --probe_per_layer, and with the latter its --no_aux_loss "
+            f"({str(error).splitlines()[-1].strip()})"
         ) from error
     return True
 

@@ -25,12 +25,16 @@ WRAPPERS: tuple[Rule, ...] = (
     (r"module\.", ""),  # DistributedDataParallel, DataParallel, averaged models
     (r"_orig_mod\.", ""),  # torch.compile
 )
+# DINO's files have no name between `backbone.0.` and the parts of a Swin transformer.
+PARTS: tuple[Rule, ...] = ((r"backbone\.0\.(?=patch_embed\.|layers\.|norm\d\.)", "backbone.0.body."),)
 # Where the weights are in a file, in order of preference.
 ENTRIES = ("model", "state_dict", "ema")
 # Numbers that a FLOPs counter registered as buffers.
 COUNTERS = ("total_params", "total_ops")
 QUERY_TABLE = "query_embed.weight"
 GROUPS = "groups."  # the training schemes inside a detector
+# Parts of training schemes that published files hold at the top.
+PUBLISHED = ("label_enc.",)
 
 
 def find_weights(content: Any) -> dict[str, Tensor] | None:
@@ -56,7 +60,11 @@ def to_native(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if all(re.match(pattern, name) for name in state):
                 state = {re.sub("^" + pattern, replacement, name): value for name, value in state.items()}
                 changed = True
-    return from_mmdet(state) if is_mmdet(state) else state
+    if is_mmdet(state):
+        return from_mmdet(state)
+    for pattern, replacement in PARTS:
+        state = {re.sub("^" + pattern, replacement, name): value for name, value in state.items()}
+    return state
 
 
 def fit_to_model(
@@ -85,6 +93,8 @@ def fit_to_model(
     fitted = {n: v for n, v in state.items() if n in own or not n.endswith("num_batches_tracked")}
     absent = sorted(
         {f"{GROUPS}{n.split('.')[1]}." for n in fitted if n.startswith(GROUPS) and n.split(".")[1] not in schemes}
+        | {part for part in PUBLISHED if not any(n.startswith(part) for n in own)}
+        & {f"{n.split('.')[0]}." for n in fitted}
     )
     fitted = {n: v for n, v in fitted.items() if not n.startswith(tuple(absent))}
     lines = [f"left out what only training needs: {', '.join(f'{name}*' for name in absent)}"] if absent else []

@@ -1,8 +1,9 @@
-"""From the names of published Co-DETR files, which are mmdet's, to ours (Co-Deformable-DETR, ResNet or Swin).
+"""From the names of published Co-DETR files, which are mmdet's, to ours (Co-Deformable-DETR, Co-DINO; ResNet or Swin).
 
 Known differences besides names: the decoder's norms are numbered in the order self-attention, cross-attention (ours:
 as in Deformable-DETR, the other way round); the input projections have no bias, ours get zeros; parts that decoder and
-heads share are stored once; a file for one auxiliary head holds unused parameters of a second one.
+heads share are stored once; a file for one auxiliary head holds unused parameters of a second one; the heads of
+Co-DINO's proposals follow those of the decoder, ours are inside the transformer.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from util.errors import UserError
 BEGINNINGS = ("query_head.", "bbox_head.", "rpn_head.", "roi_head.", "neck.")
 # Parts of other members of the family, and what they are.
 OTHER_MODELS = {
-    "query_head.label_embedding.": "Co-DINO (denoising queries)",
-    "query_head.transformer.query_embed.": "Co-DINO (queries inside the transformer)",
     "backbone.blocks.": "a ViT backbone",
     "backbone.stages.": "mmdet's own Swin backbone, which merges patches in another order",
     "mask_head.": "a mask head",
@@ -51,6 +50,11 @@ RULES: tuple[tuple[str, str], ...] = (
     (_TRANSFORMER + r"(en|de)coder\.layers\.(\d+)\.ffns\.0\.layers\.0\.0\.", r"transformer.\1coder.layers.\2.linear1."),
     (_TRANSFORMER + r"(en|de)coder\.layers\.(\d+)\.ffns\.0\.layers\.1\.", r"transformer.\1coder.layers.\2.linear2."),
     (_TRANSFORMER + r"(enc_output|enc_output_norm|pos_trans|pos_trans_norm|reference_points)\.", r"transformer.\1."),
+    (_TRANSFORMER + r"decoder\.ref_point_head\.0\.", "transformer.decoder.ref_point_head.layers.0."),
+    (_TRANSFORMER + r"decoder\.ref_point_head\.2\.", "transformer.decoder.ref_point_head.layers.1."),
+    (_TRANSFORMER + r"decoder\.norm\.", "transformer.decoder.norm."),
+    (_TRANSFORMER + r"query_embed\.", "transformer.tgt_embed."),
+    (r"query_head\.label_embedding\.", "label_enc."),
     (_TRANSFORMER + rf"({_PER_HEAD}|head_pos_embed)\.", _QUERIES + r"\1."),
     (r"query_head\.query_embedding\.", "query_embed."),
     (r"query_head\.cls_branches\.", "class_embed."),
@@ -70,7 +74,7 @@ def is_mmdet(state: Mapping[str, Tensor]) -> bool:
 
 
 def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a published Co-Deformable-DETR state under our names, auxiliary parts under `groups.co.`.
+    """Return a published Co-Deformable-DETR or Co-DINO state under our names, auxiliary parts under `groups.co.`.
 
     Averaged models hold their raw weights too, as `ema_*`; those are left out, and so are the `num_batches_tracked` of
     frozen norms. A name without a rule is kept: loading reports it as one that the model does not have.
@@ -88,6 +92,8 @@ def from_mmdet(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[own] = value
         if re.fullmatch(r"input_proj\.\d+\.0\.weight", own):
             result[own.removesuffix("weight") + "bias"] = torch.zeros(len(value), dtype=value.dtype)
+    if "transformer.tgt_embed.weight" in result:
+        result = _move_proposal_heads(result)
     _add_second_names(result)
     _name_queries(result)
     return result
@@ -107,13 +113,13 @@ def _check_family(state: Mapping[str, Tensor]) -> None:
     if not any(name.startswith("query_head.transformer.") for name in state):
         raise UserError(
             "it has the names of mmdet, but no query_head.transformer: of mmdet's detectors only Co-Deformable-DETR "
-            "files are understood"
+            "and Co-DINO files are understood"
         )
     found = {what for start, what in OTHER_MODELS.items() if any(name.startswith(start) for name in state)}
     if found:
         raise UserError(
             f"it is a Co-DETR file with {' and '.join(sorted(found))}; of the published Co-DETR files those of "
-            "Co-Deformable-DETR with a ResNet or Swin backbone are understood"
+            "Co-Deformable-DETR and Co-DINO with a ResNet or Swin backbone are understood"
         )
 
 
@@ -127,6 +133,13 @@ def _own_name(name: str, maps: int) -> str:
         if matched:
             return own
     return name
+
+
+def _move_proposal_heads(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `state` with the heads after those of the decoder layers where Co-DINO has them, in the transformer."""
+    last = max(int(name.split(".")[1]) for name in state if name.startswith("class_embed."))
+    inside = rf"^(class|bbox)_embed\.{last}\."
+    return {re.sub(inside, r"transformer.enc_out_\1_embed.", name): value for name, value in state.items()}
 
 
 def _add_second_names(state: dict[str, Tensor]) -> None:

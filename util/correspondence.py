@@ -117,7 +117,8 @@ class Correspondences:
             request = Request("one2one", predictions, FlatTargets.of(targets), supervision, layers)
             found = matcher.correspond(request)
             matcher.choose(found)
-            maps = (x.unflatten(0, (len(layers), -1)) for x in (found.c, found.weights, found.costs.total))
+            costs = matcher.matching_costs(found)
+            maps = (x.unflatten(0, (len(layers), -1)) for x in (found.c, found.weights, costs))
             yield from zip(layers, *maps)
 
     def take(self, epoch: int) -> list[Snapshot]:
@@ -129,24 +130,23 @@ class Correspondences:
     def finish(self, epoch: int, folder: Path) -> list[Path]:
         """Store what was seen in this evaluation in `folder` and draw each image over all epochs so far; a collective.
 
-        Only the main process writes. Without matplotlib nothing is drawn, and said so.
+        Only the main process writes. What cannot be written, read or drawn (no matplotlib, a full disk, a damaged file)
+        is told and left out: the training goes on.
 
         Returns:
             the pictures.
-
-        Raises:
-            UserError: the disk is full.
         """
         snapshots = self.take(epoch)
         if not dist.is_main():
             return []
-        for snapshot in snapshots:
-            write_snapshot(snapshot, folder / f"image_{snapshot.image_id}")
         try:
+            for snapshot in snapshots:
+                write_snapshot(snapshot, folder / f"image_{snapshot.image_id}")
             with isolated_rng():
                 return [self._draw(snapshot, folder) for snapshot in snapshots]
-        except UserError as error:
-            dist.info(f"no pictures of correspondences: {error}")
+        except Exception as error:  # any: an error on this process alone would leave the others waiting for it
+            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            dist.info(f"no pictures of correspondences: {kind}{error}")
             return []
 
     def _draw(self, snapshot: Snapshot, folder: Path) -> Path:

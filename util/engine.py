@@ -142,10 +142,13 @@ def _update_weights(state: TrainState, settings: StepSettings, guard: NonFiniteG
     apart = {id(p) for p in learned}
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if id(p) not in apart]
     norm = nn.utils.clip_grad_norm_(parameters, limit)
-    both = torch.hypot(norm, nn.utils.clip_grad_norm_(learned, limit)) if learned else norm
+    norms = {"grad_norm": norm}
+    if learned:
+        norms["grad_norm_matcher"] = nn.utils.clip_grad_norm_(learned, limit)
+    both = torch.stack(list(norms.values())).norm()
     where = {"epoch": state.epoch + 1, "step": state.step - 1, "scaled": state.scaler.is_enabled()}
-    if guard.gradient_is_finite(both, state.model, **where):
-        state.meters.update({"grad_norm": norm})
+    if guard.gradient_is_finite(both, state.model, state.criterion, **where):
+        state.meters.update(norms)
         state.scaler.step(state.optimizer)
         if state.ema is not None:
             state.ema.update(state.model)

@@ -69,6 +69,12 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
     flags["two_stage"] = "transformer.enc_output.weight" in state
     flags["with_box_refine"] = any(n.startswith("transformer.decoder.bbox_embed.") for n in state)
     flags["mixed_selection"] = bool(flags["two_stage"]) and "query_embed.weight" in state
+    anchors = "transformer.decoder.ref_point_head.layers.0.weight" in state
+    flags["query_pos"] = "box" if anchors else "fixed"
+    flags["query_scale"] = "transformer.decoder.query_scale.layers.0.weight" in state
+    flags["decoder_norm"] = "transformer.decoder.norm.weight" in state
+    if anchors:
+        flags["mixed_selection"] = bool(flags["two_stage"]) and "transformer.tgt_embed.weight" in state
     flags["hidden_dim"] = rows("transformer.level_embed", 1)
     flags["num_feature_levels"] = rows("transformer.level_embed")
     flags["dim_feedforward"] = rows("transformer.encoder.layers.0.linear1.weight")
@@ -77,7 +83,10 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, object]:
     flags["num_classes"] = rows("class_embed.0.weight")
     flags["backbone"] = _backbone(state, count)
     flags["position_embedding"] = "learned" if "backbone.1.row_embed.weight" in state else "sine"
-    flags["queries"] = rows("query_embed.weight")
+    tables = ("query_embed.weight", "transformer.tgt_embed.weight", "tgt_embed.weight")
+    flags["queries"] = next((rows(name) for name in tables if name in state), None)
+    labels = rows("label_enc.weight")
+    flags["dn_labelbook_size"] = None if labels is None else labels - 1
     flags["samples"] = rows("transformer.encoder.layers.0.self_attn.attention_weights.weight")
     heads = sorted({m[1] for m in (re.match(HEAD + r"\.", n) for n in state) if m})
     flags["aux_heads"] = " ".join(re.sub(r"\d+$", "", name) for name in heads)  # atss2 is a second atss
@@ -120,8 +129,8 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
     lines = []
     for flag, value in theirs.items():
         mine = ours[flag]
-        if value == mine or value is None:
-            continue
+        if value == mine or value is None or (flag == "dn_labelbook_size" and mine is None):
+            continue  # a model without denoising leaves out the labels of a file
         if flag.startswith("aux_"):
             lines += _advise_heads(flag, value, theirs, ours)
             continue

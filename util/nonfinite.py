@@ -53,13 +53,14 @@ class NonFiniteGuard:
         return False
 
     def gradient_is_finite(
-        self, norm: Tensor, model: nn.Module, *, epoch: int, step: int, scaled: bool = False
+        self, norm: Tensor, *modules: nn.Module, epoch: int, step: int, scaled: bool = False
     ) -> bool:
         """Say whether the norm of all gradients, the same number in every process, is finite.
 
-        A second number to the host, but matching has synchronised this step already.
+        A second number to the host, and with a matcher that has no solver the second wait of the step.
 
         Args:
+            modules: whose parameters have these gradients.
             scaled: fp16, where an overflow now and then is how the scaler finds its scale.
 
         Raises:
@@ -71,7 +72,8 @@ class NonFiniteGuard:
         if scaled:
             self._count("gradients")
             return False
-        bad = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
+        named = [entry for module in modules for entry in module.named_parameters()]
+        bad = [n for n, p in named if p.grad is not None and not torch.isfinite(p.grad).all()]
         dist.info(
             f"epoch {epoch} step {step}: the loss is finite and the gradient is not, in {len(bad)} parameters, for "
             f"example {', '.join(bad[:3])}; step skipped"

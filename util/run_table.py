@@ -1,11 +1,12 @@
-"""The last numbers of several runs as one table; runs that differ in nothing but their seed share a row.
+"""The last numbers of several runs as one table; runs that are called alike but for their seed share a row.
 
-python -m util.run_table exps/matchers/*                              AP, AP75, by size, and whatever else there is
+python -m util.run_table exps/matchers/*                              AP, AP75, by size, and the measures of matchers
 python -m util.run_table exps/matchers/* --columns AP nms/AP agree    those only
 
-A run is the `--output_dir` of a training. Folders called NAME_seed1, NAME_seed2 ... are the row NAME. A column is a
-number of the last line of `log.txt` without its `test_` (`AP`, `agree`, `loss_ce`), or FOLDER/NUMBER for one of an
-evaluation that was written into a folder of the run: with `--eval --nms_iou 0.7 --output_dir RUN/nms`, `nms/AP`.
+A run is the `--output_dir` of a training. Folders called NAME_seed1, NAME_seed2 ... are the row NAME; only these names
+are looked at, not the flags of the runs. A column is a number of the last line of `log.txt` without its `test_` (`AP`,
+`agree`, `loss_ce`), or FOLDER/NUMBER for one of an evaluation that was written into a folder of the run: with
+`--eval --nms_iou 0.7 --output_dir RUN/nms`, `nms/AP`. Columns without any value are left out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from util.bench_common import markdown_table
 from util.errors import UserError
 from util.plot import read_log
 
-COLUMNS = ("AP", "AP75", "APs", "APm", "APl", "nms/AP", "distinct", "unassigned", "agree", "regret", "dup", "flip")
+COLUMNS = tuple("AP AP75 APs APm APl nms/AP distinct unassigned agree regret dup flip".split())
+COLUMNS += ("agree_small", "regret_small", "c_max", "pos_per_gt")
 PERCENT = re.compile(r"(^|/)(AP|AR)")  # shown times 100
 NONE = "-"
 
@@ -44,12 +46,21 @@ def number(run: Path, column: str) -> float | None:
 
 
 def rows(runs: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return the runs by the name of their row, seeds in ascending order."""
+    """Return the runs by the name of their row, seeds in ascending order.
+
+    Raises:
+        UserError: two folders have the same row and seed.
+    """
     found: dict[str, list[tuple[int, Path]]] = {}
     for run in runs:
         match = re.fullmatch(r"(.+?)_seed(\d+)", run.resolve().name)
         name, seed = (match[1], int(match[2])) if match else (run.resolve().name, 0)
-        found.setdefault(name, []).append((seed, run))
+        own = found.setdefault(name, [])
+        if twin := next((other for taken, other in own if taken == seed), None):
+            raise UserError(
+                f"{twin} and {run} are both the row {name}, seed {seed}: give one of them, or rename a folder"
+            )
+        own.append((seed, run))
     return {name: [run for _, run in sorted(own)] for name, own in found.items()}
 
 

@@ -89,6 +89,14 @@ def add_hybrid(parser: argparse.ArgumentParser) -> None:
 def add_soft(parser: argparse.ArgumentParser) -> None:
     """Matchers and their readings; None stands for the default of the matcher."""
     group = parser.add_argument_group("matchers without a solver (Beyond Hungarian, arXiv 2603.08514)")
+    _add_matchers(group)
+    _add_choice(group)
+    _add_probe(group)
+    _add_correspondence(group)
+
+
+def _add_matchers(group: argparse._ArgumentGroup) -> None:
+    """Who matches, and what the class loss makes of it."""
     group.add_argument(
         "--matcher",
         default="hungarian",
@@ -133,6 +141,10 @@ def add_soft(parser: argparse.ArgumentParser) -> None:
         default=None,
         help=_taken("queries without an object learn to say nothing", "on"),
     )
+
+
+def _add_choice(group: argparse._ArgumentGroup) -> None:
+    """Which correspondences become pairs, and with what weight."""
     group.add_argument("--soft_extra_layers", type=int, help=_taken("first decoder layers with extra positives", "0"))
     group.add_argument(
         "--scg",
@@ -148,10 +160,10 @@ def add_soft(parser: argparse.ArgumentParser) -> None:
         choices=["row", "column", "global", "none"],
         help=_taken("what of the weights has the sum 1: of an object, of a query, the mean over objects", "row"),
     )
-    _add_probe(group)
 
 
 def _add_probe(group: argparse._ArgumentGroup) -> None:
+    """What makes correspondences."""
     group.add_argument(
         "--probe_logits",
         choices=["cosine", "dot"],
@@ -173,6 +185,10 @@ def _add_probe(group: argparse._ArgumentGroup) -> None:
         default=None,
         help=_taken("a probe for each supervised layer and one for proposals, in place of one for all", "off"),
     )
+
+
+def _add_correspondence(group: argparse._ArgumentGroup) -> None:
+    """How correspondences compete and what teaches the probe."""
     group.add_argument(
         "--probe_value",
         choices=["cost", "prediction"],
@@ -249,7 +265,8 @@ def add_auxiliary(parser: argparse.ArgumentParser) -> None:
         "--head_embed",
         default="number",
         choices=["number", "vector"],
-        help="what a head adds to the position of its queries: one learned number, as published, or --hidden_dim",
+        help="what a head adds to the position of its queries: one learned number, as published, or --hidden_dim; "
+        "nothing with --query_pos box",
     )
     group.add_argument("--aux_convs", default=1, type=int, help="convolutions in each tower of a dense head")
     group.add_argument("--roi_samples", default=512, type=int, help="regions of an image that faster_rcnn learns from")
@@ -265,8 +282,20 @@ def add_losses(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cls_loss_coef", default=2.0, type=float, help="focal loss")
     group.add_argument("--bbox_loss_coef", default=5.0, type=float, help="L1 of cxcywh")
     group.add_argument("--giou_loss_coef", default=2.0, type=float, help="1 - GIoU")
-    group.add_argument("--corr_loss_coef", default=1.0, type=float, help="correspondence loss of --matcher soft")
-    group.add_argument("--focal_alpha", default=0.25, type=float, help="weight of positives in the focal loss")
+    group.add_argument(
+        "--corr_loss_coef",
+        default=1.0,
+        type=float,
+        help="correspondence loss of --matcher soft; with AdamW it changes next to nothing if only the probe has a "
+        "gradient of it (--corr_grad probe)",
+    )
+    group.add_argument(
+        "--focal_alpha",
+        default=0.25,
+        type=float,
+        help="weight of positives in the focal loss, 1 - it of negatives; -1: both 1 (Co-DINO, with --cls_target "
+        "quality)",
+    )
     group.add_argument(
         "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise only the last decoder layer"
     )

@@ -68,7 +68,7 @@ class Target(_Movable):
     labels: Tensor  # (M,) int64, class index of the model (contiguous, or raw category ids in the 91-slot mode)
     boxes: Tensor  # (M, 4) cxcywh in [0, 1]
     image_id: int
-    orig_size: tuple[int, int]  # (h, w) in the file, for evaluation
+    orig_size: tuple[float, float]  # (h, w) that boxes are relative to, in pixels of the file, for evaluation
     size: tuple[int, int] = (0, 0)  # (h, w) after augmentation, before padding
     area: Tensor | None = None  # (M,) pixels of the augmented image
     iscrowd: Tensor | None = None  # (M,) bool; crowd regions never reach a training target
@@ -171,6 +171,7 @@ class Assignment:
     weight: Tensor | None = None  # (P,), None = 1, 0 = no pair at all; may carry gradient (soft matching)
     ignore: Tensor | None = None  # (L, B, N) slots left out of the class loss
     count: float | Tensor = 0.0  # local number the losses are divided by, once averaged over processes
+    groups: int = 1  # of denoising queries in this process: the average is multiplied by it
     losses: dict[str, Tensor] = field(default_factory=dict)  # (L,) each, the assigner's own: sums like all losses
     logs: dict[str, Tensor] = field(default_factory=dict)  # scalars that are only logged
     score: Tensor | None = None  # (P,) target of the pair's class, None = `weight`, -1 = left out of the class loss
@@ -204,7 +205,7 @@ class QueryGroup:
     name: str  # "one2one", "one2many", "dn", "co_atss"
     content: Tensor  # (B, Q, D)
     reference: Tensor  # (B, Q, 2) points or (B, Q, 4) boxes, in (0, 1)
-    pos: Tensor  # (B, Q, D) the query position, the same in every layer
+    pos: Tensor | None  # (B, Q, D) the query position, the same in every layer; None: the decoder makes it of boxes
     supervision: tuple[Supervision, ...]
     sees: tuple[str, ...] = ()  # other groups it may attend to (its own block always)
     block: int | None = None  # split the group into blocks of this size, blind to each other
@@ -240,9 +241,9 @@ class Seeds:
     """Ranked first queries of the decoder, best first, and what was predicted while ranking them."""
 
     content: Tensor  # (B, K, D)
-    pos: Tensor  # (B, K, D)
+    pos: Tensor | None  # (B, K, D); None: the decoder makes it of boxes
     reference: Tensor  # (B, K, 2 or 4) in (0, 1)
-    encoder: Predictions | None = None  # two-stage: class-agnostic scores and boxes of all S tokens, as ranked
+    encoder: Predictions | None = None  # two-stage: scores and boxes of the tokens that are taught as proposals
 
 
 @dataclass

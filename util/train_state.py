@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from util import dist
+from util.arg_rules import SOFT_ONLY
 from util.checkpoint import load_criterion, load_weights, stored_args, write_atomically
 from util.errors import UserError
 from util.logger import Meters
@@ -24,7 +25,7 @@ TOLD = (
     "lr", "lr_backbone", "lr_linear_proj_mult", "lr_drop", "lr_drop_epochs", "warmup_steps", "weight_decay", "epochs",
     "batch_size", "grad_accum_steps", "lr_scale", "clip_max_norm", "amp", "use_ema", "ema_decay", "dropout", "augment",
     "train_scales", "max_size", "seed", "lambda_one2many", "lambda1", "lambda2", "max_pos_coords", "aux_fill",
-    "roi_samples", "matcher", "enc_matcher",
+    "roi_samples", "matcher", "enc_matcher", "cls_target", "greedy_rounds", "corr_loss_coef", *SOFT_ONLY,
 )
 # fmt: on
 

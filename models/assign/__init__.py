@@ -49,6 +49,7 @@ def class_target(args: Namespace) -> str:
 
 def _build(name: str, args: Namespace) -> Assigner:
     weights = {key: getattr(args, f"set_{key}") for key in ("cost_class", "cost_bbox", "cost_giou")}
+    weights["giou_eps"] = args.giou_eps
     if name == "hungarian":
         return HungarianMatcher(**weights)
     if name == "cost-greedy":

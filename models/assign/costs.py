@@ -30,6 +30,6 @@ def l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
     return (boxes - targets).abs().sum(-1)
 
 
-def giou_cost(boxes: Tensor, targets: Tensor) -> Tensor:
+def giou_cost(boxes: Tensor, targets: Tensor, eps: float = 0.0) -> Tensor:
     """Return -GIoU, (...), of xyxy boxes (..., 4)."""
-    return -paired_giou(boxes, targets)
+    return -paired_giou(boxes, targets, eps)

@@ -121,6 +121,7 @@ class PairCosts:
     cost_bbox: float = 5.0
     cost_giou: float = 2.0
     all_classes: bool = False
+    giou_eps: float = 0.0  # added to the denominators of the GIoU
 
     def __call__(self, slots: Slots, labels: Tensor, boxes: Tensor) -> DenseCosts:
         """Return the costs of all pairs of `slots` with `labels` (G, M) and `boxes` (G, M, 4), in chunks of targets."""
@@ -142,7 +143,7 @@ class PairCosts:
         own, corners = planes[:, :, None].movedim(0, -1).split(4, dim=-1)  # (G, 1, N, 4)
         boxes = boxes[:, :, None]
         distance = sum((a - b).abs() for a, b in zip(own.unbind(-1), boxes.unbind(-1)))
-        overlap = 1 + giou_cost(corners, cxcywh_to_xyxy(boxes))
+        overlap = 1 + giou_cost(corners, cxcywh_to_xyxy(boxes), self.giou_eps)
         geometry = self.cost_bbox * distance + self.cost_giou * overlap
         index = labels[..., None].expand(-1, -1, logits.shape[1])
         classes = class_cost(logits.mT.gather(1, index))

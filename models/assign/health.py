@@ -26,6 +26,7 @@ from util.structures import Assignment, FlatTargets
 
 DETECTED = 0.3  # score from which a slot counts as a detection
 SAME_OBJECT = 0.5  # IoU from which it is one of an object
+EPS = 1e-8
 SMALL = 32**2  # largest area of what COCO calls small, in pixels of the file
 
 
@@ -77,11 +78,13 @@ def against_optimum(weights: Tensor, costs: Tensor, targets: FlatTargets) -> dic
         targets: of the B images.
 
     Returns:
-        `agree`: share of targets whose strongest slot is that of the optimal matching; `regret`: cost of the weighted
-        pairs minus that of the optimal matching, per target. `agree_small`, `regret_small`: the same over targets up to
-        the area `SMALL`; absent if there are none, so that an average over batches counts only those that have some.
+        `agree`: share of targets whose strongest slot is that of the optimal matching; `regret`: mean cost of a
+        target's pairs minus that of the optimal matching, over targets that have a pair. `agree_small`, `regret_small`:
+        the same over targets up to the area `SMALL`. What would be a mean over nothing is absent, so that an average
+        over batches counts only those that have some.
     """
-    device, paid = costs.device, (weights * costs).sum(2).cpu().numpy()
+    device, total = costs.device, weights.sum(2)
+    paid = ((weights * costs).sum(2) / total.clamp(min=EPS)).cpu().numpy()
     strongest = weights.argmax(2).masked_fill(weights.amax(2) <= 0, -1).cpu().numpy()
     costs = costs.nan_to_num(UNMATCHABLE, UNMATCHABLE, -UNMATCHABLE).cpu().numpy()
     agree, regret = [np.zeros(0)], [np.zeros(0)]  # of every target
@@ -91,13 +94,16 @@ def against_optimum(weights: Tensor, costs: Tensor, targets: FlatTargets) -> dic
         slots, rows = match(costs[image, :size])
         agree.append(np.zeros(size))
         agree[-1][rows] = strongest[image][rows] == slots
-        regret.append(paid[image, :size].astype(np.float64))
-        regret[-1][rows] -= costs[image][rows, slots]
+        regret.append(np.full(size, np.nan))
+        regret[-1][rows] = paid[image][rows] - costs[image][rows, slots]
+        regret[-1][strongest[image, :size] < 0] = np.nan  # `unassigned` counts these
     measures = {"agree": np.concatenate(agree), "regret": np.concatenate(regret)}
     small = (targets.file_area() <= SMALL).cpu().numpy()
-    numbers = {name: values.sum() / max(len(values), 1) for name, values in measures.items()}
-    if small.any():
-        numbers |= {f"{name}_small": values[small].mean() for name, values in measures.items()}
+    numbers = {}
+    for name, values in measures.items():
+        for key, own in ((name, values), (f"{name}_small", values[small])):
+            if not np.isnan(own).all():  # also where there are none
+                numbers[key] = np.nanmean(own)
     return dict(zip(numbers, torch.tensor(list(numbers.values()), dtype=torch.float32).to(device)))
 
 

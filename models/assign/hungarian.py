@@ -48,12 +48,16 @@ class HungarianMatcher:
 
     Args:
         cost_class, cost_bbox, cost_giou: weights of the three terms of the cost.
+        giou_eps: added to the denominators of the GIoU.
     """
 
-    def __init__(self, *, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0) -> None:
+    def __init__(
+        self, *, cost_class: float = 2.0, cost_bbox: float = 5.0, cost_giou: float = 2.0, giou_eps: float = 0.0
+    ) -> None:
         if cost_class == cost_bbox == cost_giou == 0:
             raise ValueError("all matching costs are 0: give at least one of class, bbox, giou a weight")
         self.cost_class, self.cost_bbox, self.cost_giou = cost_class, cost_bbox, cost_giou
+        self.giou_eps = giou_eps
 
     @torch.no_grad()
     def __call__(self, requests: Sequence[Request]) -> list[Assignment]:
@@ -90,7 +94,7 @@ class HungarianMatcher:
         return (
             self.cost_class * class_cost(logits)
             + self.cost_bbox * l1_cost(boxes, own)
-            + self.cost_giou * giou_cost(corners, cxcywh_to_xyxy(own))
+            + self.cost_giou * giou_cost(corners, cxcywh_to_xyxy(own), self.giou_eps)
         )
 
 

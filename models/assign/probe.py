@@ -108,10 +108,11 @@ class Probe(nn.Module):
         return torch.cat([boxes, sine_embed_boxes(boxes, 2 * FREQUENCIES, temperature=SHORTEST_WAVE)], -1)
 
     def _scale(self) -> Tensor:
-        if self.training:
-            with torch.no_grad():  # the parameter itself: beyond the bound it would have no gradient to come back
-                self.log_scale.clamp_(max=math.log(self.scale_max))
-        return self.log_scale.exp().clamp(max=self.scale_max)
+        if not self.training:
+            return self.log_scale.exp().clamp(max=self.scale_max)
+        with torch.no_grad():  # the parameter itself: at a bound of the value it would have no gradient to come back
+            self.log_scale.clamp_(max=math.log(self.scale_max))
+        return self.log_scale.exp()
 
 
 def _chained(x: Tensor, first: nn.Linear, second: nn.Linear) -> Tensor:

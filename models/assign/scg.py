@@ -20,7 +20,7 @@ SINKHORN_STEPS = 4
 EPS = 1e-8
 
 
-def compete(logits: Tensor, valid: Tensor, how: Competition) -> Tensor:
+def compete(logits: Tensor, valid: Tensor, how: Competition, empty: Tensor | None = None) -> Tensor:
     """Return log C (G, M, N): a log-softmax over slots after targets have competed for them.
 
     A softmax over slots alone lets all targets want the same slot, which is how a young probe collapses.
@@ -30,7 +30,10 @@ def compete(logits: Tensor, valid: Tensor, how: Competition) -> Tensor:
         valid: (G, M).
         how: `none`; `dual`: times a softmax over the valid targets and a dustbin of logit 0; `center`: minus the mean
             over the valid targets, where there are two; `sinkhorn`: rows and columns in turn, with a dustbin row.
+        empty: (G, N) bool, slots that nobody may have.
     """
+    if empty is not None:
+        logits = logits.masked_fill(empty[:, None], NEG)
     if how == "dual":
         logits = logits + _over_targets(logits, valid)
     elif how == "center":
@@ -39,6 +42,8 @@ def compete(logits: Tensor, valid: Tensor, how: Competition) -> Tensor:
         logits = torch.where(count > 1, logits - mean, logits)
     elif how == "sinkhorn":
         logits = logits + _column_potential(logits, valid)
+    if empty is not None:  # again: a competition may have cancelled it
+        logits = logits.masked_fill(empty[:, None], NEG)
     return logits.log_softmax(-1)
 
 
@@ -134,6 +139,16 @@ def strongest(kept: Tensor, c: Tensor, count: int) -> Tensor:
     """Return of `kept` (G, M, N) only the `count` strongest of every target."""
     values, slot = torch.where(kept, c, 0.0).topk(min(count, c.shape[-1]), dim=-1)
     return torch.zeros_like(kept).scatter(-1, slot, values > 0)
+
+
+def row_weights(log_c: Tensor, kept: Tensor) -> Tensor:
+    """Return the correspondences `log_c` (G, M, N) of the pairs `kept` with rows of sum 1, or 0 without any pair.
+
+    From logarithms: a pair that was chosen although its correspondence is too small for a float32 counts in full.
+    """
+    peak = log_c.detach().masked_fill(~kept, NEG).amax(-1, keepdim=True)
+    weights = (log_c - peak).masked_fill(~kept, NEG).exp()
+    return weights / weights.sum(-1, keepdim=True).clamp(min=EPS)
 
 
 def normalised(weights: Tensor, valid: Tensor, how: Norm) -> Tensor:

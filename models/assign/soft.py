@@ -6,6 +6,7 @@ Only the abstract and second-hand descriptions of the paper are on record. `LITE
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -87,8 +88,9 @@ class Found:
 class SoftMatcher(nn.Module):
     """Chooses and weighs pairs by what a probe has learned, and teaches the probe.
 
-    `repeat` k of a supervision allows a target up to k slots: its one of `rounds` and extra positives. The weights of a
-    target still have the sum 1, so that losses are divided by the number of targets, not of copies.
+    `repeat` k of a supervision allows a target up to k slots: its one of `rounds` and extra positives. As with k copies
+    of the target, the losses are divided by k times the number of targets, so the weights of a target have the sum k;
+    the class target of a pair is its weight relative to the target's largest, 1 with `hard`.
 
     Args:
         probe: gives the logits of correspondence; one for all layers or one for each.
@@ -160,9 +162,7 @@ class SoftMatcher(nn.Module):
         logits = self.probe(embeds, slots.boxes, *own, class_agnostic=agnostic, layers=request.layers)
         if options.soft_warmup == "prior" and (prior := self._falling(options.soft_warmup_share, request)):
             logits = logits - prior * costs.geometry.detach()
-        if slots.empty is not None:
-            logits = logits.masked_fill(slots.empty[:, None], scg.NEG)
-        log_c = scg.compete(logits, valid, options.column_competition)
+        log_c = scg.compete(logits, valid, options.column_competition, slots.empty)
         return Found(request, slots, targets, valid, costs, log_c, log_c.exp() * valid[..., None])
 
     def choose(self, found: Found) -> None:
@@ -190,8 +190,12 @@ class SoftMatcher(nn.Module):
                 found.extra = self._extra(found, kept) & rows[:, None, None]
                 kept = kept | found.extra
         found.kept = kept
-        weights = torch.where(kept, found.c if options.live_weights else c, 0.0)
-        found.weights = scg.normalised(weights, valid, options.soft_norm)
+        if options.soft_norm == "row":
+            found.weights = scg.row_weights(found.log_c if options.live_weights else found.log_c.detach(), kept)
+        else:
+            weights = torch.where(kept, found.c if options.live_weights else c, 0.0)
+            found.weights = scg.normalised(weights, valid, options.soft_norm)
+        found.weights = found.weights * supervision.repeat
 
     def _by_peak(self, c: Tensor, valid: Tensor) -> Tensor:
         if self.options.scg == "rowpeak":
@@ -248,12 +252,12 @@ class SoftMatcher(nn.Module):
 
     def _scores(self, found: Found) -> Tensor | None:
         """Return the targets of the class loss (G, M, N), None where they are the weights."""
+        s, many = found.weights.detach(), found.request.supervision.repeat > 1
         if self.options.cls_target in ("weight", "pairwise"):
-            return None
-        s = found.weights.detach()
+            return s / s.amax(2, keepdim=True).clamp(min=scg.EPS) if many else None
         winner = torch.zeros_like(found.kept).scatter(2, s.argmax(2, keepdim=True), True)
-        extra = torch.where(winner, 1.0, -1.0 if self.options.extra_cls == "ignore" else 1.0)
-        return torch.where(s > 0, extra, 0.0)
+        ignored = self.options.extra_cls == "ignore" and not many  # one-to-many: all pairs are meant
+        return torch.where(s > 0, torch.where(winner, 1.0, -1.0 if ignored else 1.0), 0.0)
 
     def _ignored(self, found: Found) -> Tensor | None:
         """Return which slots are left out of the class loss, (L, B, N): with `soft_background` none."""
@@ -269,7 +273,7 @@ class SoftMatcher(nn.Module):
     @staticmethod
     def _count(found: Found) -> float | Tensor:
         if found.request.supervision.count == "targets":
-            return float(sum(found.targets.sizes))
+            return float(sum(found.targets.sizes) * found.request.supervision.repeat)
         return found.kept.sum() / found.slots.layers
 
     def _losses(self, found: Found) -> dict[str, Tensor]:
@@ -277,12 +281,13 @@ class SoftMatcher(nn.Module):
         options, request = self.options, found.request
         per_target = self._retrieved(found)
         if options.probe_entropy and (share := self._falling(ENTROPY_SHARE, request)):
-            entropy = -(found.c * found.log_c).sum(2) / torch.tensor(float(found.c.shape[2])).log()
+            entropy = -(found.c * found.log_c).sum(2) / math.log(max(found.c.shape[2], 2))
             per_target = per_target - share * options.probe_entropy * entropy
-        losses = {"loss_corr": per_target.view(found.slots.layers, -1).sum(1)}
+        # Divided by the copies of all targets too, but a target has one row of correspondences.
+        losses = {"loss_corr": request.supervision.repeat * per_target.view(found.slots.layers, -1).sum(1)}
         teacher = options.soft_warmup == "teacher" and not request.supervision.class_agnostic
         if teacher and (share := self._falling(options.soft_warmup_share, request)):
-            losses["loss_teacher"] = share * self._teach(found)
+            losses["loss_teacher"] = share * request.supervision.repeat * self._teach(found)
         return losses
 
     def _retrieved(self, found: Found) -> Tensor:
@@ -313,5 +318,13 @@ class SoftMatcher(nn.Module):
             return logs
         logs["dup"] = duplicates(found.slots.logits[last], found.slots.boxes[last], found.targets)
         if not self.training:
-            logs |= against_optimum(weights, found.costs.total[last].detach(), found.request.targets)
+            logs |= against_optimum(weights, self.matching_costs(found)[last], found.request.targets)
         return logs
+
+    @torch.no_grad()
+    def matching_costs(self, found: Found) -> Tensor:
+        """Return the costs (G, M, N) of Hungarian matching, also where the correspondence is taught with others."""
+        if not self.costs.all_classes:
+            return found.costs.total.detach()
+        labels, boxes, _ = found.targets.of_layers(found.slots.layers)
+        return replace(self.costs, all_classes=False)(found.slots, labels, boxes).total

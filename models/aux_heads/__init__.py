@@ -20,7 +20,8 @@ __all__ = ["HEADS", "AuxHead", "build_aux_heads"]
 
 
 def _faster_rcnn(args: Namespace, size: dict[str, Any]) -> AuxHead:
-    return FasterRCNNHead(**size, roi=RoISettings(samples=args.roi_samples))
+    finest_scale = 14.0 * size["strides"][0]  # published: 112 and 56 where the finest map has the stride 8 and 4
+    return FasterRCNNHead(**size, roi=RoISettings(finest_scale, samples=args.roi_samples))
 
 
 def _dense(head: Callable[..., AuxHead]) -> Callable[[Namespace, dict[str, Any]], AuxHead]:

@@ -59,13 +59,18 @@ def build_backbone(args: Namespace) -> nn.Module:
     return BACKBONES[args.backbone](args)
 
 
+def backbone_stages(args: Namespace) -> tuple[int, ...]:
+    """Return the stages whose maps are used, counted from 0 (stride 4): `--return_interm_indices` or the last ones."""
+    return tuple(args.return_interm_indices or ((1, 2, 3) if args.num_feature_levels > 1 else (3,)))
+
+
 def _build_resnet(args: Namespace) -> ResNetBackbone:
     return ResNetBackbone(
         args.backbone,
         train_backbone=args.lr_backbone > 0,
         frozen_norm=args.backbone_norm == "frozen",
         dilation=args.dilation,
-        stages=(2, 3, 4) if args.num_feature_levels > 1 else (4,),
+        stages=tuple(i + 1 for i in backbone_stages(args)),
         weights=_weights(args),
     )
 
@@ -76,7 +81,7 @@ def _build_swin(args: Namespace) -> SwinBackbone:
     return SwinBackbone(
         args.backbone,
         train_backbone=args.lr_backbone > 0,
-        stages=(1, 2, 3) if args.num_feature_levels > 1 else (3,),
+        stages=backbone_stages(args),
         weights=_weights(args),
         drop_path_rate=args.drop_path_rate,
         use_checkpoint=args.use_checkpoint,

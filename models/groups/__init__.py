@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from models.aux_heads import build_aux_heads
 from models.aux_heads.adapter import SingleScaleAdapter
+from models.backbones import backbone_stages
 from models.groups.base import Context, GroupSource, OwnParts
 from models.groups.collaborative import Collaborative
+from models.groups.denoising import Denoising
 from models.groups.hybrid import HybridEpoch, HybridLayer, OneToMany
 from models.groups.matching import OneToOne
 from models.groups.positives import PositiveQueries
-from models.parts import build_decoder, build_encoder, build_heads
+from models.parts import build_decoder, build_encoder, build_heads, num_classes
 from util.errors import UserError
 
 __all__ = ["BUILDERS", "Context", "GroupSource", "OwnParts", "build_groups"]
@@ -40,6 +42,23 @@ def _one2many(args: Namespace) -> GroupSource | None:
     )
 
 
+def _denoising(args: Namespace) -> GroupSource | None:
+    if args.dn_number == 0:
+        return None
+    classes = num_classes(args)
+    return Denoising(
+        args.hidden_dim,
+        num_classes=classes,
+        rows=(classes if args.dn_labelbook_size is None else args.dn_labelbook_size) + 1,
+        layers=args.dec_layers,
+        number=args.dn_number,
+        label_noise=args.dn_label_noise_ratio,
+        box_noise=args.dn_box_noise_scale,
+        always_divide=args.dn_groups == "divided",
+        eps=args.logit_eps,
+    )
+
+
 def _own_parts(args: Namespace, depth: int) -> OwnParts:
     """Return the first `depth` of class heads, box heads, decoder and encoder."""
     if depth == 0:
@@ -59,10 +78,11 @@ def _collaborative(args: Namespace) -> GroupSource | None:
     if not args.aux_heads:
         return None
     adapter = None
-    levels = args.num_feature_levels
+    levels, finest = args.num_feature_levels, 4 * 2 ** backbone_stages(args)[0]
     if levels == 1:
         adapter, levels = SingleScaleAdapter(args.hidden_dim, stride=16 if args.dilation else 32), 4
-    strides = [8 * 2**level for level in range(levels + 1)]
+        finest = 8
+    strides = [finest * 2**level for level in range(levels + 1)]
     heads = build_aux_heads(args, strides)
     if args.eval_head and args.eval_head not in heads:
         raise UserError(f"--eval_head {args.eval_head}: these flags make the heads {', '.join(heads)}")
@@ -88,6 +108,7 @@ def _positive_queries(args: Namespace, heads: Sequence[str]) -> PositiveQueries 
         limit=args.max_pos_coords,
         fill=args.aux_fill,
         full_embed=args.head_embed == "vector",
+        boxes=args.query_pos == "box",
     )
 
 
@@ -95,7 +116,7 @@ def _positive_queries(args: Namespace, heads: Sequence[str]) -> PositiveQueries 
 OWN_PARTS = ("nothing", "class", "heads", "decoder", "encoder")
 
 # In the order in which they take ranked queries; a scheme is on when its flags ask for something.
-BUILDERS = (_one2one, _one2many, _collaborative)
+BUILDERS = (_one2one, _one2many, _collaborative, _denoising)
 
 
 def build_groups(args: Namespace) -> list[GroupSource]:

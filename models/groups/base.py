@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -63,6 +64,8 @@ class GroupSource(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # Modules of this source that published files hold at the top, by name there: the detector registers them.
+        self.published: Mapping[str, nn.Module] = {}
         # Not class attributes: those would hide the modules that a source puts here.
         self.proposal_embed: nn.Linear | None = None  # class head that ranks the encoder proposals for this source only
         self.own = OwnParts()

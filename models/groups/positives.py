@@ -157,6 +157,8 @@ class PositiveQueries(nn.Module):
         limit, least, fill: see `choose_all`.
         full_embed: each head has D numbers that are added to the position of its queries; False: a single number, as
             in the published code.
+        boxes: the decoder makes the position of a query of its box (Co-DINO). Content is the embedding of the box alone
+            then: no position, no feature, no number of the head.
     """
 
     def __init__(
@@ -170,16 +172,18 @@ class PositiveQueries(nn.Module):
         least: int = 9,
         fill: Fill = "negatives",
         full_embed: bool = False,
+        boxes: bool = False,
     ) -> None:
         super().__init__()
         self.width, self.layers, self.weight = width, layers, weight
-        self.limit, self.least, self.fill = limit, least, fill
-        self.aux_pos_trans = nn.ModuleDict({name: nn.Linear(2 * width, 2 * width) for name in heads})
-        self.aux_pos_trans_norm = nn.ModuleDict({name: nn.LayerNorm(2 * width) for name in heads})
-        self.pos_feats_trans = nn.ModuleDict({name: nn.Linear(width, width) for name in heads})
+        self.limit, self.least, self.fill, self.boxes = limit, least, fill, boxes
+        made = width if boxes else 2 * width
+        self.aux_pos_trans = _linear(heads, 2 * width, made)
+        self.aux_pos_trans_norm = nn.ModuleDict({name: nn.LayerNorm(made) for name in heads})
+        if boxes:
+            return
+        self.pos_feats_trans = _linear(heads, width, width)
         self.pos_feats_norm = nn.ModuleDict({name: nn.LayerNorm(width) for name in heads})
-        for module in (*self.aux_pos_trans.values(), *self.pos_feats_trans.values()):
-            nn.init.xavier_uniform_(module.weight)  # biases keep PyTorch's default, as published
         numbers = width if full_embed else 1
         table = torch.empty(max(len(heads), PUBLISHED_ROWS), numbers)  # its rows decide how large the values are
         nn.init.xavier_uniform_(table)
@@ -200,15 +204,29 @@ class PositiveQueries(nn.Module):
             groups.append(QueryGroup(f"co_{head}", content, reference, pos, taught, padding=own.padding))
         return groups
 
-    def embed(self, head: str, chosen: Chosen, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(
+        self, head: str, chosen: Chosen, sizes: Sequence[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Return content (B, n, D), position (B, n, D) and reference (B, n, 4) of the queries of the head `head`.
 
-        The reference is cxcywh relative to the image and not clamped: boxes may reach beyond its border.
+        The reference is cxcywh relative to the image and not clamped: boxes may reach beyond its border. There is no
+        position where the decoder makes it.
         """
         scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=chosen.boxes.dtype)
         relative = chosen.boxes / scale.to(chosen.boxes.device, non_blocking=True)[:, None]
         reference = box_convert(relative, "xyxy", "cxcywh")
         embedded = sine_embed_boxes(reference.clamp(BORDER, 1 - BORDER), self.width // 2)
-        pos, content = self.aux_pos_trans_norm[head](self.aux_pos_trans[head](embedded)).split(self.width, dim=-1)
+        embedded = self.aux_pos_trans_norm[head](self.aux_pos_trans[head](embedded))
+        if self.boxes:
+            return embedded, None, reference
+        pos, content = embedded.split(self.width, dim=-1)
         content = content + self.pos_feats_norm[head](self.pos_feats_trans[head](chosen.features))
         return content, pos + self.head_pos_embed[head], reference
+
+
+def _linear(heads: Sequence[str], inputs: int, outputs: int) -> nn.ModuleDict:
+    """Return a linear layer for each head with its first values: biases keep PyTorch's default, as published."""
+    layers = nn.ModuleDict({name: nn.Linear(inputs, outputs) for name in heads})
+    for layer in layers.values():
+        nn.init.xavier_uniform_(layer.weight)
+    return layers

@@ -93,17 +93,26 @@ def test_trained_predictions_find_every_object_on_every_layer_and_leave_half_of_
 
 
 def test_every_matcher_gets_the_flags_that_it_knows() -> None:
-    args = tiny_args("--matcher soft --key_box --scg_rho 0.3 --greedy_rounds 4 --cls_target quality")
+    args = tiny_args(
+        "--matcher soft --key_box --scg_rho 0.3 --greedy_rounds 4 --cls_target quality --corr_loss_coef 0.5"
+    )
     found = {name: vars(args_of(args, name)) for name in MATCHERS}
     assert [found[name]["matcher"] for name in MATCHERS] == [
         *("hungarian", "hungarian", "cost-greedy", "soft", "soft-literal", "soft")
     ]
     assert found["soft-rounds"]["scg"] == "rounds" and found["soft"]["scg"] is None
-    assert [found[name]["scg_rho"] for name in MATCHERS] == [None, None, None, 0.3, 0.3, 0.3]
-    assert [found[name]["greedy_rounds"] for name in MATCHERS] == [None, None, 4, 4, 4, 4]
+    assert [found[name]["scg_rho"] for name in MATCHERS] == [None, None, None, 0.3, 0.3, None]
+    assert [found[name]["greedy_rounds"] for name in MATCHERS] == [None, None, 4, None, None, 4]
+    assert [found[name]["corr_loss_coef"] for name in MATCHERS] == [1, 1, 1, 0.5, 0.5, 0.5]
     assert {found[name]["cls_target"] for name in MATCHERS} == {"quality"}
     weight = tiny_args("--matcher soft --cls_target weight")
     assert [args_of(weight, name).cls_target for name in (OURS, "soft")] == [None, "weight"]
+
+
+def test_what_makes_a_matcher_wins_over_the_command_line() -> None:
+    found = {name: args_of(tiny_args("--scg rowpeak --scg_switch 0.5"), name) for name in MATCHERS}
+    assert [found[name].scg for name in ("soft", "soft-literal", "soft-rounds")] == ["rowpeak", "rowpeak", "rounds"]
+    assert [found[name].scg_switch for name in ("soft", "soft-literal", "soft-rounds")] == [0.5, 0.5, None]
 
 
 def entry(times: dict[str, list[float]], *, objects: int = 5, queries: int = 300, batch: int = 2) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from util.errors import UserError
 
 SIZES = [(128, 128), (96, 114)]
 HYBRID = f"{TWO_STAGE} --num_queries_one2many 6 --k_one2many 2"
+BOXES = "--with_box_refine --query_pos box"
 FORMS = {
     "one_stage": "--aux_heads atss faster_rcnn",
     "two_stage_k1": f"{TWO_STAGE} --mixed_selection --aux_heads atss",
@@ -24,6 +25,9 @@ FORMS = {
     "heads_without_queries": "--aux_heads faster_rcnn --lambda1 0",
     "queries_without_losses_of_heads": "--aux_heads atss --lambda2 0",
     "single_map": "--aux_heads atss faster_rcnn --num_feature_levels 1",
+    "boxes": f"{BOXES} --two_stage --mixed_selection --decoder_norm --look_forward_twice --aux_heads faster_rcnn atss "
+    "--num_feature_levels 5 --return_interm_indices 0 1 2 3 --cls_target quality --focal_alpha -1 --dn_number 20",
+    "learned_boxes": f"{BOXES} --query_scale --aux_heads atss --aux_fill masked",
     "single_map_of_stride_16": "--aux_heads atss --num_feature_levels 1 --dilation --backbone resnet50",
 }
 
@@ -84,6 +88,14 @@ def test_without_lambda1_there_are_no_queries_and_no_parameters_for_them() -> No
     model = build_detector(tiny_args(FORMS["heads_without_queries"]))
     assert list(model(tiny_images(SIZES), tiny_targets()).sets) == ["one2one"]
     assert not [name for name, _ in model.named_parameters() if "queries" in name]
+
+
+@pytest.mark.parametrize(("stages", "finest"), [("1 2 3", 8), ("0 1 2 3", 4)])
+def test_regions_twice_as_large_as_published_look_at_the_finest_map(stages: str, finest: int) -> None:
+    flags = f"{BOXES} --num_feature_levels 5 --return_interm_indices {stages} --aux_heads faster_rcnn"
+    co = build_detector(tiny_args(flags)).groups["co"]
+    assert co.strides == tuple(finest * 2**level for level in range(6))
+    assert co.heads["faster_rcnn"].roi.settings.finest_scale == {8: 112, 4: 56}[finest]
 
 
 def test_a_head_that_is_asked_for_twice_is_two_heads() -> None:
@@ -149,6 +161,8 @@ def test_training_without_targets_says_what_is_missing() -> None:
         ("--aux_heads atss --eval_head atss --nms_iou 0.5", "NMS of their own"),
         ("--aux_heads atss --eval_group co", "evaluated with --eval_head NAME"),
         ("--aux_heads atss --lambda1 -1", "0 or more"),
+        (f"{BOXES} --aux_heads atss --head_embed vector", "with --query_pos box they give none"),
+        ("--focal_alpha -0.5", "or -1 for no balance"),
     ],
 )
 def test_impossible_flags_are_refused_with_the_way_out(flags: str, message: str) -> None:

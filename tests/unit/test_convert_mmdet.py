@@ -222,8 +222,6 @@ def test_the_swin_of_a_file_is_told_by_width_blocks_and_window(name):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("query_head.label_embedding.weight", "Co-DINO"),
-        ("query_head.transformer.query_embed.weight", "Co-DINO"),
         ("backbone.blocks.0.norm1.weight", "ViT"),
         ("backbone.stages.0.blocks.0.norm1.weight", "Swin"),
         ("mask_head.fuse_conv.0.weight", "mask head"),

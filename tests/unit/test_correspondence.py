@@ -171,6 +171,37 @@ def test_without_matplotlib_the_data_is_stored_and_the_way_out_is_said(tmp_path:
     assert {p.name for p in tmp_path.iterdir()} == {"image_7", "image_8"}
 
 
+def test_a_folder_that_cannot_be_written_stops_no_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    watched = Correspondences(soft_criterion(), small_set(i7=3), 1)
+    monkeypatch.setattr(watched, "take", lambda epoch: [snapshot(epoch)])
+    (tmp_path / "correspondence").write_text("a file")
+    assert watched.finish(0, tmp_path / "correspondence") == []
+    assert "no pictures of correspondences: --plot_correspondence: cannot write" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError("disk"), "OSError: disk"), (ValueError("odd"), "ValueError: odd")]
+)
+def test_a_picture_that_cannot_be_drawn_stops_no_run(tmp_path: Path, monkeypatch, capsys, error, told: str) -> None:
+    def fail(*_):
+        raise error
+
+    watched = Correspondences(soft_criterion(), small_set(i7=3), 1)
+    monkeypatch.setattr(watched, "take", lambda epoch: [snapshot(epoch)])
+    monkeypatch.setattr(correspondence_plot, "draw_correspondence", fail)
+    assert watched.finish(0, tmp_path) == []
+    assert f"no pictures of correspondences: {told}" in capsys.readouterr().out
+    assert [s.epoch for s in read_snapshots(tmp_path / "image_7")] == [0]
+
+
+def test_a_damaged_file_of_an_earlier_epoch_stops_no_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    watched = Correspondences(soft_criterion(), small_set(i7=3), 1)
+    monkeypatch.setattr(watched, "take", lambda epoch: [snapshot(epoch)])
+    write_snapshot(snapshot(0), tmp_path / "image_7").write_bytes(b"half of a file")
+    assert watched.finish(1, tmp_path) == []
+    assert "no pictures of correspondences: " in capsys.readouterr().out
+
+
 # what is drawn
 
 
@@ -237,6 +268,10 @@ def test_an_image_whose_objects_have_no_query_at_all_is_drawn(tmp_path: Path) ->
         ("--plot_correspondence 2", "--plot_correspondence 2: --matcher hungarian learns no .*; add --matcher soft"),
         ("--plot_correspondence 1 --matcher cost-greedy", "--matcher cost-greedy learns no correspondences"),
         ("--plot_correspondence 2 --matcher soft", "draws into --output_dir: give one"),
+        (
+            "--plot_correspondence 2 --matcher soft --analyse discriminability --resume a.pth --output_dir out",
+            "leave out --plot_correspondence, or use --eval",
+        ),
         ("--plot_correspondence -1", "--plot_correspondence -1: must be 0 or more"),
     ],
 )

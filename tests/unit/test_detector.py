@@ -93,7 +93,9 @@ def test_transformer_does_not_depend_on_padding() -> None:
         paddings = [resize_padding(images.padding, m.shape[-2:]) for m in maps]
         positions = [model.backbone[1](p) for p in paddings]
         memory = model.transformer.encode(maps, positions, paddings)
-        (seeds,) = model.transformer.seeds(memory, model.heads, model.query_embed.weight, [Claim(0, 8)])
+        (seeds,) = model.transformer.seeds(
+            memory, model.heads, {"query_embed": model.query_embed.weight}, [Claim(0, 8)]
+        )
         decoded = model.transformer.decoder(
             [QueryGroup("one2one", seeds.content, seeds.reference, seeds.pos, ())], memory, model.heads
         )
@@ -177,7 +179,7 @@ def test_reference_of_the_first_layer_is_the_box_of_the_proposal() -> None:
     model = build_detector(tiny_args(TWO_STAGE)).eval()
     with torch.no_grad():
         memory = model.encode(tiny_images())
-        (seeds,) = model.transformer.seeds(memory, model.heads, None, [Claim(0, 8)])
+        (seeds,) = model.transformer.seeds(memory, model.heads, {}, [Claim(0, 8)])
         encoder = seeds.encoder
         best = encoder.logits[0, ..., 0].topk(8, dim=1).indices
         boxes = encoder.boxes[0].gather(1, best[..., None].expand(-1, -1, 4))

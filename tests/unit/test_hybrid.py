@@ -340,7 +340,7 @@ def test_own_proposals_are_the_best_of_the_rest_for_the_second_class_head() -> N
     with torch.no_grad():
         memory = model.encode(tiny_images())
         claims = model.claims()
-        one, many = model.transformer.seeds(memory, model.heads, None, list(claims.values()))
+        one, many = model.transformer.seeds(memory, model.heads, {}, list(claims.values()))
     boxes = one.encoder.boxes[0]
 
     def tokens(reference: torch.Tensor, image: int) -> list[int]:

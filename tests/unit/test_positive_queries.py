@@ -292,6 +292,25 @@ def test_a_head_may_add_a_whole_vector_to_the_position() -> None:
     torch.testing.assert_close(after - before, torch.arange(8.0).expand(1, 1, 8))
 
 
+def test_where_the_decoder_makes_positions_content_is_the_embedding_of_the_box_alone() -> None:
+    torch.manual_seed(0)
+    queries = PositiveQueries(8, heads=AB, layers=1, boxes=True)
+    assert queries.state_dict().keys() == {
+        f"{part}.{head}.{kind}"
+        for part in ("aux_pos_trans", "aux_pos_trans_norm")
+        for head in AB
+        for kind in ("weight", "bias")
+    }
+    chosen = choose(head_samples("np", "pn", width=8), least=1)
+    content, pos, reference = queries.embed("b", chosen, [(100, 200), (50, 40)])
+    embedded = sine_embed_boxes(reference, 4)
+    torch.testing.assert_close(content, functional.layer_norm(queries.aux_pos_trans["b"](embedded), (8,)))
+    torch.testing.assert_close(reference[0, 0], torch.tensor([6 / 200, 11 / 100, 10 / 200, 20 / 100]))
+    assert pos is None
+    first = PositiveQueries(256, heads=AB, layers=1, boxes=True).aux_pos_trans["a"]
+    assert 0.95 * math.sqrt(6 / 768) < first.weight.abs().max() <= math.sqrt(6 / 768)  # 0.0884
+
+
 def test_initial_values_are_the_published_ones() -> None:
     torch.manual_seed(0)
     queries = PositiveQueries(256, heads=AB, layers=6)

@@ -49,6 +49,20 @@ def test_seeds_share_a_row_in_ascending_order_behind_their_mean(tmp_path: Path) 
     ]
 
 
+def test_two_folders_of_one_row_and_seed_are_refused_with_both_names(tmp_path: Path, capsys) -> None:
+    runs = [run(tmp_path / folder, "soft_seed1", AP=0.5) for folder in ("a", "b")]
+    assert main([str(path) for path in runs]) == 2
+    assert f"{runs[0]} and {runs[1]} are both the row soft, seed 1: give one of them" in capsys.readouterr().err
+    plain = [run(tmp_path, "soft", AP=0.5), run(tmp_path, "soft_seed2", AP=0.7)]
+    assert "| soft | 60.0 (50.0, 70.0) |" in table(plain, ["AP"])
+
+
+def test_without_a_choice_all_measures_of_matchers_are_shown(tmp_path: Path, capsys) -> None:
+    run(tmp_path, "a", AP=0.5, c_max_unscaled=0.9, pos_per_gt_unscaled=1.5, agree_small_unscaled=0.25)
+    assert main([str(tmp_path / "a")]) == 0
+    assert "|  | AP | agree_small | c_max | pos_per_gt |" in capsys.readouterr().out
+
+
 def test_a_seed_without_a_value_is_left_out_of_the_mean(tmp_path: Path) -> None:
     runs = [run(tmp_path, "a_seed1", AP=0.5), run(tmp_path, "a_seed2", AP=-1.0)]
     assert "| a | 50.0 (50.0, -) |" in table(runs, ["AP"])

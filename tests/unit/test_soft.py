@@ -134,7 +134,7 @@ def test_one_to_many_gives_a_target_at_most_k_queries_and_its_first_one_by_round
     assert many.kept.sum(2).max() == 3 and (many.kept.sum(1) <= 1).all()
     assert (many.kept & rounds.kept).sum() == rounds.kept.sum()
     (pairs,) = matcher([request_of(predictions, targets, repeat=3)])
-    assert pairs.count == 6.0  # the weights of a target have the sum 1, however many queries it has
+    assert pairs.count == 18.0  # the weights of a target have the sum 3, however many queries it has
     assert torch.equal(dense(pairs, predictions, 8), many.weights.view(2, 2, 8, 30))
 
 
@@ -158,11 +158,12 @@ def test_in_a_crowd_a_target_keeps_its_strongest_pairs_only(monkeypatch: pytest.
     assert torch.equal(dense(matcher([request])[0], predictions, 8), found.weights.view(2, 2, 8, 12))
 
 
-def test_empty_slots_are_never_chosen() -> None:
+@pytest.mark.parametrize("competition", ["none", "dual", "center", "sinkhorn"])
+def test_empty_slots_are_never_chosen(competition: str) -> None:
     predictions, targets = random_predictions(), targets_of(5, 2)
     predictions.padding = torch.arange(12).expand(2, -1) >= 6
-    for matcher in ("soft", "cost-greedy"):
-        (pairs,) = soft_criterion(matcher=matcher).assigners["queries"]([request_of(predictions, targets)])
+    for matcher, flags in (("soft", f"--column_competition {competition}"), ("cost-greedy", "")):
+        (pairs,) = soft_criterion(flags, matcher).assigners["queries"]([request_of(predictions, targets)])
         assert dense(pairs, predictions, 8)[..., 6:].sum() == 0
         assert dense(pairs, predictions, 8)[..., :6].sum() > 0
 

@@ -239,6 +239,18 @@ def test_quality_takes_the_overlap_as_target() -> None:
     assert loss_of(term, one_slot(0.0), *pairs_at([1.0], [1])) == pytest.approx(0.75 * 0.25 * math.log(2))
 
 
+def test_without_a_balance_positives_and_negatives_count_the_same() -> None:
+    # p = .2 for both classes, the target of class 1 is the overlap of .5 (Co-DINO: quality focal loss)
+    term = partial(soft_classification, quality=True, alpha=-1)
+    negative = 0.2**2 * -math.log(0.8)
+    expected = 0.3**2 * -(0.5 * math.log(0.2) + 0.5 * math.log(0.8)) + negative
+    assert loss_of(term, one_slot(-math.log(4)), *pairs_at([1.0], [1])) == pytest.approx(expected, rel=1e-5)
+    expected = 0.8**2 * -math.log(0.2) + negative  # the target is 1
+    for hard in (focal_classification, soft_classification, pairwise_classification):
+        found = loss_of(partial(hard, alpha=-1), one_slot(-math.log(4)), *pairs_at([1.0], [1]))
+        assert found == pytest.approx(expected, rel=1e-5), hard
+
+
 def test_pairwise_losses_are_weighted_and_slots_without_a_pair_are_background() -> None:
     positive, negative = (f * 0.25 * math.log(2) for f in (0.25, 0.75))
     found = loss_of(pairwise_classification, one_slot(0.0), *pairs_at([0.6, 0.1], [0, 1]))

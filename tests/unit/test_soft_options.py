@@ -107,6 +107,9 @@ def test_probes_per_layer_are_restored_and_one_for_all_is_refused_in_their_place
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     with pytest.raises(UserError, match=r"x\.pth was trained with another matcher.*--probe_per_layer"):
         load_criterion(second, {"criterion": soft_criterion().state_dict()}, "x.pth")
+    last = soft_criterion("--probe_per_layer --no_aux_loss")  # it has no probes of early layers
+    with pytest.raises(UserError, match=r"with the latter its --no_aux_loss"):
+        load_criterion(last, {"criterion": first.state_dict()}, "x.pth")
 
 
 # consistent layers

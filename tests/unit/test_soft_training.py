@@ -81,6 +81,7 @@ def test_the_literal_probe_has_a_third_of_a_million_parameters() -> None:
         ("--matcher soft --scg rounds --scg_switch 0.7", "there from the start"),
         ("--matcher soft-literal --logit_scale_max 10", "dot products have no scale"),
         ("--matcher soft --extra_cls positive", "add --cls_target hard"),
+        ("--matcher soft-literal --scg rounds --extra_cls positive", "add --cls_target hard"),
         ("--matcher soft --soft_extra_layers 3", "0 to --dec_layers 2"),
         ("--matcher soft --probe_entropy -1", "0 or more"),
         ("--matcher cost-greedy --probe_per_layer", "--probe_per_layer True: nothing is learned here"),
@@ -131,24 +132,37 @@ def test_every_scheme_trains_with_it_and_all_parameters_get_a_gradient(flags: st
 # training
 
 
-def test_the_matcher_is_clipped_on_its_own_and_sees_the_time() -> None:
-    torch.manual_seed(0)
-    args = tiny_args("--matcher soft --num_feature_levels 3 --sgd --weight_decay 0 --lr 1 --lr_backbone 1 --epochs 10")
+def state_of(flags: str, **progress: int) -> TrainState:
+    """Return a run on one process that has come so far."""
+    args = tiny_args(f"--matcher soft --num_feature_levels 3 {flags}")
     model, criterion, _ = build_model(args)
     optimizer = build_optimizer(args, model, criterion)
-    state = TrainState(
+    return TrainState(
         model=model,
         criterion=criterion,
         optimizer=optimizer,
         schedule=StepSchedule(optimizer, []),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         ema=None,
-        args={},
+        args=vars(args),
         class_names=["a"],
         category_ids=[1],
-        epoch=3,
-        step=1,
+        **progress,
     )
+
+
+def test_changed_flags_of_a_matcher_are_told_when_a_run_goes_on(capsys) -> None:
+    content = state_of("", epoch=0).state_dict()
+    changes = "--scg rounds --greedy_rounds 4 --cls_target quality --corr_loss_coef 0.5"
+    state_of(changes).resume(content, "a.pth")
+    told = {line.split()[0] for line in capsys.readouterr().out.splitlines() if "from here on it is" in line}
+    assert told == {"--scg", "--greedy_rounds", "--cls_target", "--corr_loss_coef"}
+
+
+def test_the_matcher_is_clipped_on_its_own_and_sees_the_time() -> None:
+    torch.manual_seed(0)
+    state = state_of("--sgd --weight_decay 0 --lr 1 --lr_backbone 1 --epochs 10", epoch=3, step=1)
+    model, criterion = state.model, state.criterion
     before = [p.detach().clone() for p in criterion.parameters()]
     times, forward = [], criterion.forward
     criterion.forward = lambda output, targets, time=None: times.append(time) or forward(output, targets, time)

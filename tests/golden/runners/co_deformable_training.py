@@ -1,10 +1,11 @@
-"""Co-Deformable-DETR, a training step: what every head assigns and samples, its queries, losses, gradients."""
+"""Co-DETR, a training step: what every head assigns and samples, its queries, losses, gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from models.aux_heads.faster_rcnn import FasterRCNNHead
 from models.aux_heads.rpn import Proposals
 from models.criterion import Criterion, loss_name
 from models.detector import Detector
+from models.groups.positives import Chosen
 from tests.golden.runners.co_stored import BOX_PIXELS, Stored, subsample
 from tests.golden.runners.common import assert_relative
 from util.checkpoint import native_weights
@@ -95,11 +97,16 @@ def _watch(model: Detector) -> Iterator[Watched]:
 
     for head in co.heads.values():
         watch(head, note_head)
-    for i, module in enumerate(co.queries.pos_feats_trans.values()):
-        watch(module, lambda module, inputs, output, i=i: seen.features.update({i: inputs[0]}))
+    embed = co.queries.embed
+
+    def note_features(head: str, chosen: Chosen, sizes: Sequence[tuple[int, int]]) -> tuple:
+        seen.features[len(seen.features)] = chosen.features
+        return embed(head, chosen, sizes)
+
     watch(co, lambda module, inputs, output: seen.groups.extend(output))
     try:
-        yield seen
+        with patch.object(co.queries, "embed", note_features):
+            yield seen
     finally:
         for handle in handles:
             handle.remove()
@@ -131,7 +138,7 @@ def check_matching(matched: dict[str, tuple[Request, Assignment]], images: int, 
                 here = (found.layer == layer) & (found.image == image)
                 pairs = torch.stack([found.slot[here] - request.slots.start, found.target[here]])
                 pairs = pairs[:, pairs[0].argsort()]
-                stored.same(f"match.{'enc' if name == 'encoder' else f'd{layer}'}.{image}", pairs)
+                stored.same(f"match.{f'd{layer}' if name == 'one2one' else 'enc'}.{image}", pairs)
 
 
 @torch.no_grad()
@@ -225,12 +232,13 @@ def check_queries(
 def published_losses(report: LossReport, watched: Watched, model: Detector) -> dict[str, list[float]]:
     """Return our losses, weighted, under the published names; those of a head by level where it tells them apart."""
     last = len(model.transformer.decoder.layers) - 1
-    sets = {"one2one": ""} | {f"co_{name}": f"_aux{k}" for k, name in enumerate(watched.heads)}
-    ours = {loss_name(term, "encoder", 0, 0): f"enc_{theirs}" for term, theirs in TERMS.items()}
-    for name, suffix in sets.items():
+    sets = {"one2one": "{}", "dn": "dn_{}"} | {f"co_{name}": f"{{}}_aux{k}" for k, name in enumerate(watched.heads)}
+    proposals = model.transformer.proposals_name
+    ours = {loss_name(term, proposals, 0, 0): f"enc_{theirs}" for term, theirs in TERMS.items()}
+    for name, pattern in sets.items():
         for layer in range(last + 1):
             prefix = "" if layer == last else f"d{layer}."
-            ours |= {loss_name(term, name, layer, last): f"{prefix}{TERMS[term]}{suffix}" for term in TERMS}
+            ours |= {loss_name(term, name, layer, last): prefix + pattern.format(TERMS[term]) for term in TERMS}
     result: dict[str, list[float]] = {}
     for name, weight in report.weights.items():
         if name in ours:
