@@ -74,6 +74,6 @@ def heads_of(
         box_heads = [copy.deepcopy(box_head) for _ in range(count)]
     else:
         class_heads, box_heads = [class_head] * count, [box_head] * count
-    if not two_stage:
+    if not two_stage and not (share and refine):  # -2 again in every layer would make the boxes vanish
         nn.init.constant_(box_heads[0].layers[-1].bias[2:], -2.0)
     return Heads(nn.ModuleList(class_heads), nn.ModuleList(box_heads))

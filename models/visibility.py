@@ -21,7 +21,7 @@ def visibility(groups: Sequence[QueryGroup], device: torch.device) -> Tensor | N
     return _visibility(tuple((g.name, len(g), g.block, g.sees) for g in groups), device)
 
 
-@lru_cache(maxsize=16)  # without groups made from targets the sizes are the same in every step
+@lru_cache(maxsize=2)  # without groups made from targets the sizes are the same in every step, else each is another
 def _visibility(groups: tuple[tuple[str, int, int | None, tuple[str, ...]], ...], device: torch.device) -> Tensor:
     group_of = torch.cat([torch.full((size,), i) for i, (_, size, _, _) in enumerate(groups)])
     block_of = torch.cat([torch.arange(size) // (block or max(size, 1)) for _, size, block, _ in groups])

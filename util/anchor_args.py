@@ -119,6 +119,14 @@ def anchor_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
             f"--return_interm_indices {stages}: ascending numbers of 0 (stride 4) to 3 (stride 32)",
         ),
         (
+            bool(a.aux_heads) and bool(stages) and (stages[-1] != 3 or stages != list(range(stages[0], 4))),
+            f"--return_interm_indices {stages}: --aux_heads need all maps up to the last one, 3",
+        ),
+        (
+            a.num_patterns > 0 and a.one2many_groups == "isolated",
+            "--num_patterns multiplies the queries, which --one2many_groups isolated cannot cut: leave out one of them",
+        ),
+        (
             len(stages) > a.num_feature_levels,
             f"--return_interm_indices {stages}: more maps than --num_feature_levels {a.num_feature_levels}",
         ),

@@ -257,7 +257,9 @@ def init_from(
 
 
 def _is_class_head(name: str) -> bool:
-    return re.search(r"(^|\.)class_embed\.\d+\.(weight|bias)$", name) is not None
+    """Say whether a tensor has a row per class, in the order of the classes; but see `_copy_rows`."""
+    pattern = r"((^|\.)class_embed\.\d+|enc_out_class_embed)\.(weight|bias)$|^label_enc\.weight$"
+    return re.search(pattern, name) is not None
 
 
 def _published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
@@ -272,12 +274,12 @@ def _published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
 
 @torch.no_grad()
 def _copy_rows(model: nn.Module, heads: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
-    """Copy rows by class name; row 0 of the head of the encoder proposals (two-stage), "object", as it is."""
+    """Copy rows by class name; row 0 of a head of encoder proposals that knows only "object" (two-stage), as it is."""
     index = {name: i for i, name in enumerate(theirs) if name != "N/A"}
     common = [(i, index[name]) for i, name in enumerate(ours) if name in index]
     own = dict(model.state_dict(keep_vars=True))
     encoder_head = max((int(n.split(".")[1]) for n in own if n.startswith("class_embed.")), default=-1)
-    two_stage = "transformer.enc_output.weight" in own
+    two_stage = "transformer.pos_trans.weight" in own  # DINO's proposals have classes, and a head of another name
     for name, value in heads.items():
         if name not in own or own[name].shape[1:] != value.shape[1:]:
             continue

@@ -31,7 +31,8 @@ PARTS: tuple[Rule, ...] = ((r"backbone\.0\.(?=patch_embed\.|layers\.|norm\d\.)",
 ENTRIES = ("model", "state_dict", "ema")
 # Numbers that a FLOPs counter registered as buffers.
 COUNTERS = ("total_params", "total_ops")
-QUERY_TABLE = "query_embed.weight"
+# A row per query, those of training-only queries last: Deformable-DETR and H-DETR; DINO; DAB.
+QUERY_TABLES = ("query_embed.weight", "transformer.tgt_embed.weight", "tgt_embed.weight", "refpoint_embed.weight")
 GROUPS = "groups."  # the training schemes inside a detector
 # Parts of training schemes that published files hold at the top.
 PUBLISHED = ("label_enc.",)
@@ -106,8 +107,11 @@ def fit_to_model(
         if any(fitted[n].shape != value.shape or not torch.equal(fitted[n], value) for n in copies):
             lines.append(f"{len(copies)} names of one tensor differ in the file: took {copies[-1]}, not {copies[0]}")
         fitted.update((name, value) for name in names)
-    table, wanted = fitted.get(QUERY_TABLE), own.get(QUERY_TABLE)
-    if table is not None and wanted is not None and table.shape[1:] == wanted.shape[1:] and len(table) > len(wanted):
-        lines.append(f"{QUERY_TABLE}: took the first {len(wanted)} of {len(table)} rows")
-        fitted[QUERY_TABLE] = table[: len(wanted)].clone()
+    for name in QUERY_TABLES:
+        table, wanted = fitted.get(name), own.get(name)
+        if table is None or wanted is None:
+            continue
+        if table.shape[1:] == wanted.shape[1:] and len(table) > len(wanted):
+            lines.append(f"{name}: took the first {len(wanted)} of {len(table)} rows")
+            fitted[name] = table[: len(wanted)].clone()
     return fitted, lines

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from util import dist
 from util.checkpoint import native_weights, read_checkpoint, stored_args, stored_class_names, write_atomically
-from util.convert import GROUPS, QUERY_TABLE
+from util.convert import GROUPS, PUBLISHED, QUERY_TABLES
 from util.errors import UserError
 
 SUFFIX = "_inference"
@@ -73,11 +73,13 @@ def strip(content: Mapping[str, Any], name: str, *, averaged: bool = False) -> t
 
 def _for_inference(weights: Mapping[str, Tensor], args: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the weights without the schemes' parts and without the rows of training-only queries."""
-    kept = {name: value for name, value in weights.items() if not name.startswith(GROUPS)}
+    kept = {name: value for name, value in weights.items() if not name.startswith((GROUPS, *PUBLISHED))}
     gone = sorted({".".join(name.split(".")[:2]) + ".*" for name in weights if name.startswith(GROUPS)})
+    gone += [f"{part}*" for part in PUBLISHED if any(name.startswith(part) for name in weights)]
     rows = args.get("num_queries_one2one")
-    table = kept.get(QUERY_TABLE)
-    if table is not None and rows is not None and rows < len(table):
-        kept[QUERY_TABLE] = table[:rows].clone()  # a view would be saved with all rows
-        gone.append(f"{len(table) - rows} rows of {QUERY_TABLE}")
+    for name in QUERY_TABLES:
+        table = kept.get(name)
+        if table is not None and rows is not None and rows < len(table):
+            kept[name] = table[:rows].clone()  # a view would be saved with all rows
+            gone.append(f"{len(table) - rows} rows of {name}")
     return kept, gone

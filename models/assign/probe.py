@@ -71,7 +71,7 @@ class Probe(nn.Module):
         boxes: Tensor,
         *,
         class_agnostic: bool = False,
-        layers: Sequence[int] = (),
+        layers: Sequence[int | str] = (),
     ) -> Tensor:
         """Return the logits (G, M, N) of targets and queries, in float32; G is layers times images, layer by layer.
 
@@ -142,15 +142,14 @@ class LayerwiseProbe(nn.Module):
         boxes: Tensor,
         *,
         class_agnostic: bool = False,
-        layers: Sequence[int],
+        layers: Sequence[int | str],
     ) -> Tensor:
         """Return the logits (G, M, N) as `Probe` does, in a loop over the few layers.
 
         Args:
-            class_agnostic: these are proposals.
-            layers: numbers of the decoder layers that G goes through, image by image.
+            layers: numbers of the decoder layers that G goes through, image by image; "encoder" for proposals.
         """
-        names = ["encoder"] * len(layers) if class_agnostic else list(map(str, layers))
+        names = list(map(str, layers))
         parts = zip(names, embeds.chunk(len(names)), query_boxes.chunk(len(names)))
         logits = torch.cat(
             [self.probes[name](*own, labels, boxes, class_agnostic=class_agnostic) for name, *own in parts]

@@ -159,7 +159,8 @@ class SoftMatcher(nn.Module):
             costs = self.costs(slots, labels, boxes)
         embeds = slots.embeds.detach() if options.corr_grad == "probe" else slots.embeds
         own = targets.labels, targets.boxes
-        logits = self.probe(embeds, slots.boxes, *own, class_agnostic=agnostic, layers=request.layers)
+        layers = ["encoder"] * slots.layers if _of_proposals(request) else request.layers
+        logits = self.probe(embeds, slots.boxes, *own, class_agnostic=agnostic, layers=layers)
         if options.soft_warmup == "prior" and (prior := self._falling(options.soft_warmup_share, request)):
             logits = logits - prior * costs.geometry.detach()
         log_c = scg.compete(logits, valid, options.column_competition, slots.empty)
@@ -185,7 +186,7 @@ class SoftMatcher(nn.Module):
         else:
             kept = self._by_rounds(found) if self._bids(found.request) else self._by_peak(c, valid)
             early = [layer < options.soft_extra_layers for layer in found.request.layers]
-            if any(early) and not supervision.class_agnostic:
+            if any(early) and not _of_proposals(found.request):
                 rows = torch.tensor(early).repeat_interleave(found.images).to(c.device, non_blocking=True)
                 found.extra = self._extra(found, kept) & rows[:, None, None]
                 kept = kept | found.extra
@@ -285,7 +286,7 @@ class SoftMatcher(nn.Module):
             per_target = per_target - share * options.probe_entropy * entropy
         # Divided by the copies of all targets too, but a target has one row of correspondences.
         losses = {"loss_corr": request.supervision.repeat * per_target.view(found.slots.layers, -1).sum(1)}
-        teacher = options.soft_warmup == "teacher" and not request.supervision.class_agnostic
+        teacher = options.soft_warmup == "teacher" and not _of_proposals(request)
         if teacher and (share := self._falling(options.soft_warmup_share, request)):
             losses["loss_teacher"] = share * request.supervision.repeat * self._teach(found)
         return losses
@@ -314,7 +315,7 @@ class SoftMatcher(nn.Module):
         last = slice(-found.images, None)
         c, weights = found.c[last].detach(), found.weights[last].detach()
         logs = health(found.kept[last], found.targets.valid, c)
-        if found.request.supervision.class_agnostic or found.request.supervision.repeat > 1:
+        if _of_proposals(found.request) or found.request.supervision.repeat > 1:
             return logs
         logs["dup"] = duplicates(found.slots.logits[last], found.slots.boxes[last], found.targets)
         if not self.training:
@@ -328,3 +329,8 @@ class SoftMatcher(nn.Module):
             return found.costs.total.detach()
         labels, boxes, _ = found.targets.of_layers(found.slots.layers)
         return replace(self.costs, all_classes=False)(found.slots, labels, boxes).total
+
+
+def _of_proposals(request: Request) -> bool:
+    """Say whether a request is about proposals of the encoder, whose layer is none of the decoder's."""
+    return request.supervision.assign == "proposals" or request.supervision.class_agnostic

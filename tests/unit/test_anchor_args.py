@@ -25,6 +25,13 @@ from util.errors import UserError
         ("--giou_eps -1", "--giou_eps -1.0: must be 0 or more"),
         ("--pe_temperature 0", "--pe_temperature 0.0: must be above 0"),
         ("--return_interm_indices 3 1", "ascending numbers of 0"),
+        ("--return_interm_indices 1 3 --num_feature_levels 3 --aux_heads atss", "--aux_heads need all maps up to"),
+        ("--return_interm_indices 2 --num_feature_levels 1 --aux_heads atss", "--aux_heads need all maps up to"),
+        (
+            "--query_pos box --with_box_refine --num_patterns 3 --num_queries_one2many 6 --k_one2many 2 "
+            "--one2many_groups isolated",
+            "--num_patterns multiplies the queries",
+        ),
         ("--return_interm_indices 0 1 2 3 --num_feature_levels 3", "more maps than --num_feature_levels 3"),
     ],
 )

@@ -151,7 +151,7 @@ def outputs(flags: str, targets: list[Target]) -> tuple:
 
 
 def test_matching_queries_say_the_same_with_and_without_denoising() -> None:
-    """The weights of the label table come last in the model without one, so only its own draw differs."""
+    """Both have the same weights."""
     targets = targets_of(3, 1)
     with_dn, _, output = outputs(DINO, targets)
     without, _, _ = outputs(DINO.replace("--dn_number 60", "--dn_number 0"), targets)
