@@ -33,6 +33,7 @@ def arguments(**changes):
         "lr_backbone": 2e-5,
         "dilation": False,
         "num_feature_levels": 4,
+        "return_interm_indices": None,
         "backbone_norm": "frozen",
         "backbone_weights": "none",
         "pretrained_backbone_path": "",
@@ -347,6 +348,13 @@ def test_one_feature_level_means_the_last_map_only(name):
     backbone = build_backbone(arguments(backbone=name, num_feature_levels=1))
     assert backbone.strides == (32,)
     assert len(backbone(torch.randn(1, 3, 64, 64))) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny"])
+def test_named_maps_are_those_that_are_used(name):
+    backbone = build_backbone(arguments(backbone=name, num_feature_levels=5, return_interm_indices=[0, 1, 2, 3]))
+    assert backbone.strides == (4, 8, 16, 32)
+    assert [m.shape[-1] for m in backbone(torch.randn(1, 3, 64, 64))] == [16, 8, 4, 2]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "swin_tiny"])

@@ -21,6 +21,7 @@ CASES = Path(__file__).resolve().parents[1] / "golden" / "cases"
 
 def arguments(**changes):
     settings = {"position_embedding": "sine", "hidden_dim": 64, "position_embedding_scale": 2 * math.pi}
+    settings |= {"pe_temperature": 10000.0, "pe_half_cell": True}
     return Namespace(**{**settings, **changes})
 
 
@@ -142,7 +143,9 @@ def test_an_odd_number_of_features_is_refused(make):
 def test_build_reads_the_flags():
     sine = build_position_encoding(arguments(position_embedding_scale=3.0))
     assert isinstance(sine, SinePositionEncoding)
-    assert (sine.num_feats, sine.scale) == (32, 3.0)
+    assert (sine.num_feats, sine.scale, sine.temperature, sine.shift) == (32, 3.0, 10000.0, 0.5)
+    of_dino = build_position_encoding(arguments(pe_temperature=20.0, pe_half_cell=False))
+    assert (of_dino.temperature, of_dino.shift) == (20.0, 0.0)
     learned = build_position_encoding(arguments(position_embedding="learned"))
     assert isinstance(learned, LearnedPositionEncoding)
     assert learned.row_embed.weight.shape == (50, 32)
