@@ -140,7 +140,7 @@ class Criterion(nn.Module):
         jobs = [job for batch in batches for job in batch.jobs]
         # Not in evaluation: processes may have different numbers of batches there.
         counts = _average_counts([j.assignment.count for j in jobs], output.pred_logits.device, over_all=self.training)
-        counts = [count * job.assignment.groups for count, job in zip(counts, jobs)]
+        counts = [count * job.assignment.factor for count, job in zip(counts, jobs)]
         values: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         remaining = iter(counts)

@@ -6,36 +6,20 @@ averaged over processes times its own number of groups.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.test_distributed import CPU, in_two_processes, step_of
-from tests.tiny import make_target, tiny_images
-from util.engine import TrainStep, distribute
-from util.structures import ImageBatch, Target
+from tests.test_distributed_heads import SCENES, images_of, targets_of, trained
+from util.engine import distribute
 
-SIDE = 128
 DINO = (
     "--num_feature_levels 3 --with_box_refine --two_stage --mixed_selection --look_forward_twice --query_pos box "
     "--decoder_norm --share_heads --dn_number 60"
 )
 SCHEMES = {"dino": DINO, "dino_and_hybrid_branch": f"{DINO} --num_queries_one2many 6 --k_one2many 2"}
-MANY = [[0.2 + 0.3 * (i % 3), 0.25 + 0.4 * (i // 3), 0.5, 0.45] for i in range(6)]
-SCENES = {"some_and_none": (MANY, []), "none_at_all": ([], []), "many_and_one": (MANY, [[0.5, 0.4, 0.5, 0.6]])}
 GROUPS = {6: 10, 1: 60, 0: 1}  # 60 // objects
-
-
-def images_of(which: int) -> ImageBatch:
-    whole = tiny_images(((SIDE, SIDE), (SIDE, SIDE)))
-    return replace(whole, pixels=whole.pixels[[which]], padding=whole.padding[[which]], sizes=[(SIDE, SIDE)])
-
-
-def targets_of(scene: str, which: int) -> list[Target]:
-    boxes = SCENES[scene][which]
-    return [make_target(boxes, [i % 4 for i in range(len(boxes))], image_id=which)]
 
 
 def losses(step: torch.nn.Module, scene: str, which: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -56,10 +40,6 @@ def _train(rank: int, folder: str) -> None:
             gradients = {n: None if p.grad is None else p.grad.clone() for n, p in trained(step)}
             found[scheme, scene] = {"total": total.detach(), "terms": terms, "gradients": gradients}
     torch.save(found, f"{folder}/{rank}.pth")
-
-
-def trained(step: TrainStep) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, p) for name, p in step.named_parameters() if p.requires_grad]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +72,7 @@ def test_denoising_is_divided_by_the_average_number_of_objects_and_the_own_group
         _, alone = losses(step, scene, rank)
         (group,) = step.model.groups["dn"](_context(scene, rank))
         (taught,) = group.supervision
-        assert taught.assign.groups == GROUPS[counts[rank]]
+        assert taught.assign.factor == GROUPS[counts[rank]]
         for name in ("loss_ce_dn", "loss_bbox_dn", "loss_giou_dn", "loss_bbox_0_dn"):
             expected = alone[name] * max(counts[rank], 1) / average
             torch.testing.assert_close(found["dino", scene]["terms"][name], expected, rtol=1e-4, atol=1e-6)

@@ -171,7 +171,7 @@ class Assignment:
     weight: Tensor | None = None  # (P,), None = 1, 0 = no pair at all; may carry gradient (soft matching)
     ignore: Tensor | None = None  # (L, B, N) slots left out of the class loss
     count: float | Tensor = 0.0  # local number the losses are divided by, once averaged over processes
-    groups: int = 1  # of denoising queries in this process: the average is multiplied by it
+    factor: int = 1  # of this process: the averaged count is multiplied by it
     losses: dict[str, Tensor] = field(default_factory=dict)  # (L,) each, the assigner's own: sums like all losses
     logs: dict[str, Tensor] = field(default_factory=dict)  # scalars that are only logged
     score: Tensor | None = None  # (P,) target of the pair's class, None = `weight`, -1 = left out of the class loss

@@ -148,7 +148,7 @@ class Denoising(GroupSource):
             slot=positive.expand(shape).flatten(),
             target=own.expand(shape).flatten(),
             count=float(sum(targets.sizes)),
-            groups=groups,
+            factor=groups,
         )
 
     @staticmethod

@@ -110,7 +110,7 @@ def test_positives_are_paired_with_their_objects_on_every_layer() -> None:
     found = list(zip(pairs.layer.tolist(), pairs.image.tolist(), pairs.slot.tolist(), pairs.target.tolist()))
     one_layer = [(0, 0, 0), (0, 1, 1), (2, 0, 0), (0, 4, 0), (0, 5, 1), (2, 4, 0)]
     assert found == [(layer, *pair) for layer in range(2) for pair in one_layer]
-    assert (pairs.count, pairs.groups) == (3.0, 2)
+    assert (pairs.count, pairs.factor) == (3.0, 2)
 
 
 def test_training_without_targets_says_so() -> None:
@@ -200,7 +200,7 @@ def test_losses_of_denoising_are_divided_by_objects_times_groups() -> None:
     report = criterion(output, targets)
     (taught,) = dn.supervision
     pairs = taught.assign
-    assert pairs.groups == 15
+    assert pairs.factor == 15
     last = pairs.layer == 1
     wanted = torch.cat([t.boxes for t in targets]).repeat(15, 1)
     found = dn.predictions.boxes[1][pairs.image[last], pairs.slot[last]]
