@@ -42,8 +42,8 @@ class SoftOptions:
     soft_warmup: Literal["none", "prior", "teacher"] = "prior"
     soft_warmup_share: float = 0.1
     probe_entropy: float = 0.0  # reward for undecided correspondences, falls to 0 over the first fifth
-    # What loss_corr trains; full: predictions too. It is as large as all other losses together, and training the queries
-    # with it cost the detector more than it brought (README, "Match-free supervision on drawn shapes").
+    # What loss_corr trains; full: predictions too. At first it is as large as all other losses together, and training
+    # the queries with it cost the detector more than it brought (README, "Match-free supervision on drawn shapes").
     corr_grad: Literal["probe", "probe+query", "full"] = "probe"
     probe_value: Literal["cost", "prediction"] = "cost"  # what correspondences average for loss_corr
     layer_consistency: Literal["none", "last"] = "none"  # last: its pairs and weights teach all layers of a set
