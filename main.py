@@ -20,6 +20,7 @@ from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint
+from util.commands import chosen_command
 from util.correspondence import Correspondences
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
@@ -29,7 +30,6 @@ from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
 from util.rng import seed_everything
-from util.strip import strip_file
 from util.train_state import TrainState
 
 __all__ = ["get_args_parser", "main"]
@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: Namespace) -> None:
-    """Build everything, then train, evaluate or analyse; or strip a file."""
-    if args.strip:
-        strip_file(args.strip, averaged=args.use_ema)
+    """Build everything, then train, evaluate or analyse; or do what another command says."""
+    if (command := chosen_command(args)) is not None:
+        command(args)
         return
     device = dist.init_distributed_mode(args.device, args.local_rank, args.dist_timeout)
     output_dir = prepare_output_dir(args.output_dir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ from util.errors import UserError
 
 SUFFIX = "_inference"
 KEPT = ("format", "epoch", "args", "best", "category_ids")
+
+
+def strip_command(args: Namespace) -> None:
+    """Run `main.py --strip CHECKPOINT [--use_ema]`."""
+    strip_file(args.strip, averaged=args.use_ema)
 
 
 def strip_file(source: str, *, averaged: bool = False) -> Path:

@@ -1,0 +1,29 @@
+"""What `main.py` does besides training, evaluation and analysis: a flag names the command, the rest are its options.
+
+A new command is a function `f(args) -> None` in a file of its own, its flags in a group of `util/args.py`, and one line
+below. Modules are imported when their command is asked for.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from importlib import import_module
+
+# flag -> (module, function); the flag is unset when its value is false or empty
+COMMANDS: dict[str, tuple[str, str]] = {
+    "strip": ("util.strip", "strip_command"),
+}
+
+
+def chosen_command(args: Namespace) -> Callable[[Namespace], None] | None:
+    """Return the command whose flag is set, None if there is none: then `main.py` trains, evaluates or analyses."""
+    for flag in given_commands(args):
+        module, function = COMMANDS[flag]
+        return getattr(import_module(module), function)
+    return None
+
+
+def given_commands(args: Namespace) -> list[str]:
+    """Return the flags of commands that are set, in the order of the table."""
+    return [flag for flag in COMMANDS if getattr(args, flag)]
