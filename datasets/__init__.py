@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 from datasets.base import DetectionDataset
 from datasets.coco import build_coco
 from datasets.collate import collate
+from datasets.copy_paste import CopyPaste
 from datasets.lsj import lsj_steps
 from datasets.samplers import NodeCacheBatchSampler, TrainBatchSampler, eval_indices
 from datasets.synthetic import build_synthetic
@@ -39,6 +40,8 @@ def build_dataset(image_set: str, args: argparse.Namespace) -> DetectionDataset:
     if image_set not in ("train", "val"):
         raise ValueError(f"image_set {image_set!r}: use train or val")
     dataset = BUILDERS[args.dataset_file](image_set, args, transforms=build_transforms(image_set, args))
+    if args.copy_paste and image_set == "train":
+        dataset.paste = CopyPaste(args.copy_paste)
     if len(dataset) == 0:
         raise UserError(
             f"the {image_set} set has no images; look at `images` in its annotation file (--{image_set}_json or "

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as rle
 
+from datasets.masks import PackedMasks, pack_masks
 from util.errors import UserError
 
 OUTSIDE_TOLERANCE = 1.0  # pixels; COCO's own boxes pass the border by rounding
@@ -164,10 +165,15 @@ class PackedAnnotations:
     boxes: np.ndarray  # (objects, 4) float32, xywh in pixels, as in the file
     labels: np.ndarray  # (objects,) int64
     areas: np.ndarray  # (objects,) float32
+    masks: PackedMasks | None = None
 
 
-def pack(data: dict, image_ids: list[int], label_of: dict[int, int], path: Path) -> tuple[PackedAnnotations, list[str]]:
+def pack(
+    data: dict, image_ids: list[int], label_of: dict[int, int], path: Path, masks_for: str = ""
+) -> tuple[PackedAnnotations, list[str]]:
     """Pack the annotations that are not crowd, in the order of `image_ids`; return them and what there is to say.
+
+    With `masks_for`, the sentence about who needs them, masks are packed too, and every object must have one.
 
     Boxes that reach outside their image or have no area are counted here and clipped or dropped when an image is read,
     because only then its true size is known.
@@ -191,6 +197,7 @@ def pack(data: dict, image_ids: list[int], label_of: dict[int, int], path: Path)
         boxes=np.asarray([a["bbox"] for a in ordered], np.float32).reshape(-1, 4),
         labels=np.asarray([label_of[a["category_id"]] for a in ordered], np.int64),
         areas=np.asarray([a["area"] for a in ordered], np.float32),
+        masks=pack_masks(ordered, sizes, path, masks_for) if masks_for else None,
     )
     return packed, notes.sentences()
 

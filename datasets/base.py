@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
+from datasets.copy_paste import CopyPaste
 from util.errors import UserError
 
 
@@ -53,6 +54,7 @@ class DetectionDataset(Dataset, ABC):
     def __init__(self, *, transforms: nn.Module, seed: int = 0) -> None:
         self.transforms = transforms
         self.seed = seed
+        self.paste: CopyPaste | None = None  # mixes objects of a second image into every one
         # Shared memory: persistent workers are copies of the data set and must still see the epoch change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -107,7 +109,11 @@ class DetectionDataset(Dataset, ABC):
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed: that would also reseed the GPU of a process that loads without workers.
             torch.default_generator.manual_seed(mixed_seed(self.seed, int(self._epoch), index))
-            return self.transforms(image, sample)
+            image, sample = self.transforms(image, sample)
+            if self.paste is None:
+                return image, sample
+            second = int(torch.randint(len(self), ()))
+            return self.paste(image, sample, *self.transforms(*self.load(second)))
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()

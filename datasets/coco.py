@@ -21,6 +21,8 @@ from util.errors import UserError
 # The 80 category ids of COCO: 1..90 with ten holes. Published weights use them directly as labels.
 COCO_IDS = frozenset(range(1, 91)) - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
+MASKS_FOR_PASTING = "--copy_paste cuts objects out along their masks; leave it out for annotations of boxes only"
+
 
 class CocoDetection(DetectionDataset):
     """Images of a folder, boxes of a COCO-format file.
@@ -33,6 +35,7 @@ class CocoDetection(DetectionDataset):
         annotations: COCO-format JSON file.
         category_ids: `contiguous`, `raw` or `auto`, see `--category_ids`.
         num_classes: number of labels, at least what the file needs; None: as the file needs.
+        masks_for: who needs masks and the way out, for messages; empty: samples have no masks.
         flags: the command-line flags that named folder and file, for messages.
 
     Raises:
@@ -48,6 +51,7 @@ class CocoDetection(DetectionDataset):
         seed: int = 0,
         category_ids: str = "auto",
         num_classes: int | None = None,
+        masks_for: str = "",
         flags: tuple[str, str] = ("--train_images", "--train_json"),
     ) -> None:
         super().__init__(transforms=transforms, seed=seed)
@@ -62,7 +66,7 @@ class CocoDetection(DetectionDataset):
         self._names = np.asarray([image["file_name"] for image in entries], dtype=np.str_)
         self._sizes = np.asarray([(image.get("height") or 0, image.get("width") or 0) for image in entries], np.int64)
         labels = {category_id: label for label, category_id in enumerate(self.category_ids) if category_id >= 0}
-        self._packed, more = pack(data, self.image_ids, labels, self.path)
+        self._packed, more = pack(data, self.image_ids, labels, self.path, masks_for)
         self._encoded: dict[int, bytes] = {}
         for note in notes + more:
             info(note)
@@ -128,6 +132,9 @@ class CocoDetection(DetectionDataset):
             "image_id": self.image_ids[index],
             "orig_size": size,
         }
+        if self._packed.masks is not None:
+            masks = self._packed.masks.decode(range(rows.start, rows.stop), height, width)
+            sample["masks"] = tv_tensors.Mask(masks)
         return image, keep_objects(sample, has_area(corners))
 
     def ground_truth(self) -> dict:
@@ -158,5 +165,6 @@ def build_coco(image_set: str, args: argparse.Namespace, *, transforms: nn.Modul
         seed=args.seed,
         category_ids=args.category_ids,
         num_classes=args.num_classes,
+        masks_for=MASKS_FOR_PASTING if args.copy_paste and image_set == "train" else "",
         flags=flags,
     )

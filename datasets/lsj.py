@@ -4,8 +4,8 @@ Training images are scaled by a factor of a wide range, cut to the square, mirro
 images fill the square as far as their shape allows. Grey counts as image: the model gets no padding mask, and boxes are
 relative to the square. So a model that was trained like this is also evaluated like this.
 
-Of the published recipe two parts are missing that need masks: objects pasted from another image, and boxes that shrink
-to what a crop leaves of the mask. Images are PIL images or uint8 tensors (3, h, w), samples as in `transforms`.
+Where a sample has masks, boxes shrink to what a crop leaves of them; `datasets.copy_paste` then pastes objects of
+another image. Images are PIL images or uint8 tensors (3, h, w), samples as in `transforms`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from datasets.copy_paste import boxes_from_masks
 from datasets.transforms import crop, keep_objects, resize
 
 GREY = 114  # of 0..255: the value of the padding
@@ -63,6 +64,8 @@ class LargeScaleJitter(nn.Module):
             h, w = min(height, self.size), min(width, self.size)
             top, left = (int(torch.randint(rest + 1, ())) for rest in (height - h, width - w))
             image, sample = crop(image, sample, top, left, h, w)
+            if "masks" in sample:
+                sample = boxes_from_masks(sample)
         corners = sample["boxes"].as_subclass(Tensor)
         return image, keep_objects(sample, (corners[:, 2:] - corners[:, :2] > THINNEST).all(dim=1))
 

@@ -289,5 +289,6 @@ def build_synthetic(image_set: str, args: argparse.Namespace, *, transforms: nn.
         length=args.synthetic_train if split == "train" else args.synthetic_val,
         transforms=transforms,
         seed=args.seed,
+        with_masks=bool(args.copy_paste) and image_set == "train",
         num_classes=args.num_classes,
     )

@@ -43,8 +43,8 @@ CO_DINO = CO | {
     "recipe_batch_size": 16,
 }
 LSJ: dict[str, Flags] = {
-    "r50": {"augment": "lsj", "lsj_size": 1024, "lsj_scale": [0.1, 2.0]},
-    "swin_large": {"augment": "lsj", "lsj_size": 1280, "lsj_scale": [0.1, 2.0]},
+    "r50": {"augment": "lsj", "lsj_size": 1024, "lsj_scale": [0.1, 2.0], "copy_paste": 100},
+    "swin_large": {"augment": "lsj", "lsj_size": 1280, "lsj_scale": [0.1, 2.0], "copy_paste": 100},
 }
 NINE: Flags = {"enc_layers": 9}
 

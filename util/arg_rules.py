@@ -134,6 +134,11 @@ def _data_rules(a: argparse.Namespace) -> Rules:
             a.augment != "lsj" and (a.lsj_size != 1024 or a.lsj_scale != [0.1, 2.0]),
             "--lsj_size and --lsj_scale are for large-scale jitter: add --augment lsj",
         ),
+        (a.copy_paste < 0, f"--copy_paste {a.copy_paste}: must be 0 or more"),
+        (
+            a.copy_paste > 0 and a.augment != "lsj",
+            "--copy_paste mixes images of one size: add --augment lsj",
+        ),
         (
             not 0 < a.lsj_scale[0] <= a.lsj_scale[1],
             f"--lsj_scale {a.lsj_scale}: factors above 0, the smallest comes first",

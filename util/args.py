@@ -134,6 +134,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="smallest and largest factor of --augment lsj; 1: the image just fits into the square",
     )
     group.add_argument(
+        "--copy_paste",
+        default=0,
+        type=int,
+        help="after --augment lsj, paste up to so many objects of another image along their masks (Co-DINO: 100)",
+    )
+    group.add_argument(
         "--train_scales", nargs="+", type=int, default=list(range(480, 801, 32)), help="shorter sides drawn, pixels"
     )
     group.add_argument(
