@@ -19,7 +19,7 @@ from util import dist
 from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
-from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint
+from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint, stored_args
 from util.commands import chosen_command
 from util.correspondence import Correspondences
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
@@ -30,6 +30,7 @@ from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
 from util.rng import seed_everything
+from util.told_flags import on_eval
 from util.train_state import TrainState
 
 __all__ = ["get_args_parser", "main"]
@@ -75,6 +76,8 @@ def run(args: Namespace) -> None:
 
     seed_everything(args.seed)
     model, criterion, postprocessor = build_parts(args, device, download=checkpoint is None)
+    for line in on_eval(stored_args(checkpoint or {}), vars(args), name) if args.eval or args.analyse else ():
+        dist.info(line)
     if checkpoint is not None and (warning := compare_classes(checkpoint, val_set.class_names)):
         dist.info(warning)
     if checkpoint is None and args.init_from:

@@ -41,22 +41,23 @@ class LearnedAnchorTransformer(DeformableTransformer):
     ) -> None:
         super().__init__(encoder, decoder, num_levels=num_levels, width=width)
         self.width, self.random_xy = width, random_xy
-        self.patterns = nn.Embedding(num_patterns, width) if num_patterns else None
+        self.num_patterns = num_patterns
 
     @torch.no_grad()
     def make_tables(self, rows: int) -> dict[str, nn.Embedding]:
         content, boxes = nn.Embedding(rows, self.width), nn.Embedding(rows, 4)
         if self.random_xy:
             boxes.weight[:, :2] = inverse_sigmoid(torch.rand(rows, 2), LOGIT_EPS)
-        return {"tgt_embed": content, "refpoint_embed": boxes}
+        patterns = {"patterns_embed": nn.Embedding(self.num_patterns, self.width)} if self.num_patterns else {}
+        return {"tgt_embed": content, "refpoint_embed": boxes, **patterns}
 
     def seeds(self, memory: Memory, heads: Heads, tables: Mapping[str, Tensor], claims: Sequence[Claim]) -> list[Seeds]:
         images, found = len(memory.tokens), []
         for claim in claims:
             content, reference = (tables[name][claim.rows] for name in ("tgt_embed", "refpoint_embed"))
-            if self.patterns is not None:
-                content = (content + self.patterns.weight[:, None]).flatten(0, 1)
-                reference = reference.repeat(len(self.patterns.weight), 1)
+            if self.num_patterns:
+                content = (content + tables["patterns_embed"][:, None]).flatten(0, 1)
+                reference = reference.repeat(self.num_patterns, 1)
             reference = at_least_float32(reference).sigmoid()
             found.append(Seeds(content.expand(images, -1, -1), None, reference.expand(images, -1, -1)))
         return found

@@ -19,6 +19,8 @@ from util.structures import Assignment, Predictions, TargetPairs
 
 LossTerm = Callable[[Predictions, TargetPairs, Assignment], dict[str, Tensor]]
 
+SMALLEST_UNION = 1e-6  # of the IoU that is a class target (Co-DETR), normalised
+
 
 def focal_classification(
     predictions: Predictions, pairs: TargetPairs, assignment: Assignment, *, alpha: float = 0.25, gamma: float = 2.0
@@ -77,7 +79,7 @@ def _class_targets(
     score = torch.ones_like(pairs.boxes[:, 0]) if score is None else score.to(logits.dtype)
     if quality:
         boxes = at_least_float32(predictions.boxes[assignment.layer, assignment.image, assignment.slot])
-        iou = paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes))
+        iou = paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(pairs.boxes), SMALLEST_UNION)
         score = torch.where(score > 0, score * iou, score)
     _, images, slots, classes = logits.shape
     cell = ((assignment.layer * images + assignment.image) * slots + assignment.slot) * classes + pairs.labels

@@ -1,7 +1,7 @@
 """Denoising in two processes: nothing hangs where images show nothing, and the divisors are as published.
 
 Each process has as many denoising groups as its own images need, so its losses are divided by the number of objects
-averaged over processes times its own number of groups.
+averaged over processes times its own number of groups; in Co-DINO by the average of their products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ DINO = (
     "--num_feature_levels 3 --with_box_refine --two_stage --mixed_selection --look_forward_twice --query_pos box "
     "--decoder_norm --share_heads --dn_number 60"
 )
-SCHEMES = {"dino": DINO, "dino_and_hybrid_branch": f"{DINO} --num_queries_one2many 6 --k_one2many 2"}
+SCHEMES = {
+    "dino": DINO,
+    "divided": f"{DINO} --dn_groups divided",
+    "dino_and_hybrid_branch": f"{DINO} --num_queries_one2many 6 --k_one2many 2",
+}
 GROUPS = {6: 10, 1: 60, 0: 1}  # 60 // objects
 
 
@@ -76,6 +80,19 @@ def test_denoising_is_divided_by_the_average_number_of_objects_and_the_own_group
         for name in ("loss_ce_dn", "loss_bbox_dn", "loss_giou_dn", "loss_bbox_0_dn"):
             expected = alone[name] * max(counts[rank], 1) / average
             torch.testing.assert_close(found["dino", scene]["terms"][name], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_divided_denoising_is_divided_by_the_average_number_of_positive_queries(
+    processes: list[dict], scene: str
+) -> None:
+    counts = [len(boxes) for boxes in SCENES[scene]]
+    positives = [count * GROUPS[count] for count in counts]
+    for rank, found in enumerate(processes):
+        _, alone = losses(step_of(SCHEMES["divided"]), scene, rank)
+        for name in ("loss_ce_dn", "loss_bbox_dn", "loss_giou_dn", "loss_bbox_0_dn"):
+            expected = alone[name] * max(positives[rank], 1) / max(sum(positives) / 2, 1)
+            torch.testing.assert_close(found["divided", scene]["terms"][name], expected, rtol=1e-4, atol=1e-6)
 
 
 def _context(scene: str, rank: int):

@@ -6,7 +6,8 @@ import argparse
 
 SWITCH = argparse.BooleanOptionalAction
 
-# What only queries that are boxes read, and the values that change nothing.
+# What only denoising, and only queries that are boxes read, and the values that change nothing.
+DN_ONLY = {"dn_label_noise_ratio": 0.5, "dn_box_noise_scale": 1.0, "dn_labelbook_size": None, "dn_groups": "published"}
 BOX_ONLY = {"query_scale": False, "num_patterns": 0, "random_refpoints_xy": False, "content_init": "xavier"}
 
 
@@ -83,7 +84,8 @@ def add_denoising(parser: argparse.ArgumentParser) -> None:
         default="published",
         choices=["published", "divided"],
         help="number of groups: --dn_number divided by the most objects of an image; published: below 50 "
-        "twice --dn_number, whatever the images show, as in DINO's code",
+        "twice --dn_number, whatever the images show, as in DINO's code. The losses' divisor over several processes is "
+        "the mean of objects times the own groups (published), or the mean of positive queries (divided, Co-DINO)",
     )
 
 
@@ -91,6 +93,7 @@ def anchor_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
     """Return what cannot work, as `util.arg_rules.check_args` lists it: (broken, what is wrong and the way out)."""
     boxes = a.query_pos == "box"
     changed = [f"--{n} {getattr(a, n)}" for n, plain in BOX_ONLY.items() if getattr(a, n) != plain]
+    idle = [f"--{n} {getattr(a, n)}" for n, plain in DN_ONLY.items() if getattr(a, n) != plain]
     stages = list(a.return_interm_indices or [])
     return [
         (
@@ -105,6 +108,11 @@ def anchor_rules(a: argparse.Namespace) -> list[tuple[bool, str]]:
         (a.num_patterns < 0, f"--num_patterns {a.num_patterns}: must be 0 or more"),
         (a.dn_number < 0, f"--dn_number {a.dn_number}: must be 0 or more"),
         (a.dn_number > 0 and not boxes, "--dn_number: noised boxes are queries only with --query_pos box; add it"),
+        (
+            # A preset of DINO is evaluated with --dn_number 0 where the file has no label embeddings.
+            bool(idle) and a.dn_number == 0 and not (a.eval or a.analyse),
+            f"{', '.join(idle)}: there is no denoising; add --dn_number",
+        ),
         (not 0 <= a.dn_label_noise_ratio <= 2, f"--dn_label_noise_ratio {a.dn_label_noise_ratio}: 0 to 2"),
         (a.dn_box_noise_scale < 0, f"--dn_box_noise_scale {a.dn_box_noise_scale}: must be 0 or more"),
         (

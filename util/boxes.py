@@ -38,10 +38,13 @@ def paired_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     return inter / (union + eps) - (hull - union) / (hull + eps)
 
 
-def paired_iou(a: Tensor, b: Tensor) -> Tensor:
-    """Return the IoU, (...), of the corner boxes `a` and `b`, (..., 4) each or broadcast to it."""
+def paired_iou(a: Tensor, b: Tensor, smallest_union: float = 0.0) -> Tensor:
+    """Return the IoU, (...), of the corner boxes `a` and `b`, (..., 4) each or broadcast to it.
+
+    The union is taken as at least `smallest_union` (Co-DETR: 1e-6): two boxes without area have an IoU of 0, not NaN.
+    """
     inter, union = _inter_union(a, b)
-    return inter / union
+    return inter / union.clamp(min=smallest_union)
 
 
 def _inter_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

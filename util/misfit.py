@@ -129,8 +129,12 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
     lines = []
     for flag, value in theirs.items():
         mine = ours[flag]
-        if value == mine or value is None or (flag == "dn_labelbook_size" and mine is None):
+        if flag == "dn_labelbook_size":
+            if mine is not None and value != mine:
+                lines.append(_advise_labels(value, mine))
             continue  # a model without denoising leaves out the labels of a file
+        if value == mine or value is None:
+            continue
         if flag.startswith("aux_"):
             lines += _advise_heads(flag, value, theirs, ours)
             continue
@@ -156,6 +160,13 @@ def advise(state: Mapping[str, Tensor], own: Mapping[str, Tensor], stored_args: 
         else:
             lines.append(f"use --{flag} {value} (now {mine})")
     return ["try: " + line for line in lines]
+
+
+def _advise_labels(value: object, mine: object) -> str:
+    """Return the advice about the label embeddings of denoising."""
+    if value is None:
+        return "the file has no label embeddings (stripped, or trained without denoising): evaluate with --dn_number 0"
+    return f"use --dn_labelbook_size {value} (now {mine})"
 
 
 def _advise_heads(flag: str, value: object, theirs: Mapping[str, object], ours: Mapping[str, object]) -> list[str]:

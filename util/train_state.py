@@ -11,23 +11,14 @@ import torch
 from torch import nn
 
 from util import dist
-from util.arg_rules import SOFT_ONLY
 from util.checkpoint import load_criterion, load_weights, stored_args, write_atomically
 from util.errors import UserError
 from util.logger import Meters
 from util.optim import ModelEma, StepSchedule
 from util.rng import rng_state, set_rng_state
+from util.told_flags import ON_RESUME, changes
 
 FORMAT = 1  # of our files; published ones have none
-# A change of these flags is told on resuming; all others that differ are about this machine or this call.
-# fmt: off
-TOLD = (
-    "lr", "lr_backbone", "lr_linear_proj_mult", "lr_drop", "lr_drop_epochs", "warmup_steps", "weight_decay", "epochs",
-    "batch_size", "grad_accum_steps", "lr_scale", "clip_max_norm", "amp", "use_ema", "ema_decay", "dropout", "augment",
-    "train_scales", "max_size", "seed", "lambda_one2many", "lambda1", "lambda2", "max_pos_coords", "aux_fill",
-    "roi_samples", "matcher", "enc_matcher", "cls_target", "greedy_rounds", "corr_loss_coef", *SOFT_ONLY,
-)
-# fmt: on
 
 
 @dataclass
@@ -181,9 +172,8 @@ class TrainState:
                 )
 
     def _tell_changes(self, stored: Mapping[str, Any], name: str) -> None:
-        changed = [n for n in TOLD if n in stored and n in self.args and stored[n] != self.args[n]]
-        for flag in changed:
-            dist.info(f"--{flag} was {stored[flag]} in {name}; from here on it is {self.args[flag]}")
+        for flag, old, new in changes(stored, self.args, ON_RESUME):
+            dist.info(f"--{flag} was {old} in {name}; from here on it is {new}")
 
     def _resume_process(self, content: Mapping[str, Any], name: str) -> None:
         """Restore what belongs to this process; only the same number of processes has one for each."""

@@ -80,7 +80,9 @@ class Denoising(GroupSource):
         number: positive queries of an image, about; decides how many groups there are.
         label_noise: twice the share of labels that are redrawn.
         box_noise: largest shift of a positive's corner, in half sides; of a negative's twice that.
-        always_divide: see `number_of_groups`.
+        always_divide: Co-DINO's rules: see `number_of_groups`; and processes average their numbers of positive
+            queries, by which losses are divided. Otherwise DINO's: they average their numbers of objects, and each
+            multiplies by its own groups.
         eps: clamps noised boxes in logit space, where the published code holds them.
     """
 
@@ -147,8 +149,9 @@ class Denoising(GroupSource):
             image=targets.image.expand(shape).flatten(),
             slot=positive.expand(shape).flatten(),
             target=own.expand(shape).flatten(),
-            count=float(sum(targets.sizes)),
-            factor=groups,
+            # Published DINO averages objects over processes, Co-DINO positive queries.
+            count=float(sum(targets.sizes) * (groups if self.always_divide else 1)),
+            factor=1 if self.always_divide else groups,
         )
 
     @staticmethod

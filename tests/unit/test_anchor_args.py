@@ -20,6 +20,7 @@ from util.errors import UserError
         ("--dn_number -1", "--dn_number -1: must be 0 or more"),
         ("--dn_label_noise_ratio 3", "--dn_label_noise_ratio 3.0: 0 to 2"),
         ("--dn_box_noise_scale -1", "must be 0 or more"),
+        ("--dn_groups divided --dn_box_noise_scale 0.4", "--dn_box_noise_scale 0.4, --dn_groups divided: there is no"),
         ("--num_classes 5 --dn_labelbook_size 3", "a row for each of the 5 classes"),
         ("--logit_eps 0", "--logit_eps 0.0: must be between 0 and 0.5"),
         ("--giou_eps -1", "--giou_eps -1.0: must be 0 or more"),
@@ -45,3 +46,8 @@ def test_flags_that_cannot_work_say_the_way_out(flags: str, message: str) -> Non
 def test_the_flags_of_dino_are_accepted() -> None:
     flags = "--query_pos box --with_box_refine --two_stage --mixed_selection --dn_number 100 --dn_labelbook_size 91"
     check_args(get_args_parser().parse_args([*flags.split(), "--num_classes", "91"]))
+
+
+def test_a_preset_with_denoising_is_evaluated_without_it() -> None:
+    flags = "--query_pos box --with_box_refine --dn_number 0 --dn_groups divided --eval --resume x.pth"
+    check_args(get_args_parser().parse_args(flags.split()))
