@@ -40,7 +40,7 @@ def rgb_tensor(image: Image.Image) -> Tensor:
     Of greyscale with 16 bits the upper eight count, as PIL reads colours with 16 bits; its own conversion would make
     everything above 255 white.
     """
-    if image.mode in DEEP_GREY:
+    if image.mode in DEEP_GREY or (image.mode, image.format) == ("I", "PNG"):  # the latter: older versions of PIL
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return pil_to_tensor(image.convert("RGB"))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -67,7 +67,7 @@ class VideoReader:
         """Yield the frames; UserError where the file breaks off, after those before."""
         number = 0
         try:
-            for number, frame in enumerate(self._container.decode(video=0), start=1):
+            for number, frame in enumerate(self._decoded(), start=1):
                 pixels = frame.to_ndarray(format="rgb24")
                 turns = round(getattr(frame, "rotation", 0) / 90) % 4  # counterclockwise; not in old versions of PyAV
                 seconds = float((number - 1) / self.rate if frame.time is None else frame.time)
@@ -78,6 +78,9 @@ class VideoReader:
             self._container.close()
         if number == 0:
             raise UserError(f"video {self.path} has no frames")
+
+    def _decoded(self) -> Iterator[Any]:
+        return self._container.decode(video=0)
 
 
 class VideoWriter:
