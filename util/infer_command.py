@@ -68,11 +68,14 @@ def infer_command(args: Namespace) -> None:
     dist.info(f"{counted(len(inputs.images), 'image')}, {counted(len(inputs.videos), 'video')}; device {device}")
     if inputs.left_out:
         dist.info(f"left out, videos are only taken by name or pattern: {counted(len(inputs.left_out), 'video')}")
-    with ResultFiles(folder, predictor.categories(), with_csv=args.infer_csv) as results:
-        job = Job(predictor, results, folder, draw=args.infer_draw, batch_size=args.infer_batch_size)
-        job.images(inputs, num_workers=args.num_workers)
-        job.videos(inputs)
-    job.tell(folder)
+    try:
+        with ResultFiles(folder, predictor.categories(), with_csv=args.infer_csv) as results:
+            job = Job(predictor, results, folder, draw=args.infer_draw, batch_size=args.infer_batch_size)
+            job.images(inputs, num_workers=args.num_workers)
+            job.videos(inputs)
+    except OSError as error:  # what cannot be read does not come here
+        raise UserError(f"--output_dir {folder}: cannot write there ({error}). Is the disk full?") from error
+    job.tell()
 
 
 def predictor_of(args: Namespace, device: torch.device) -> Predictor:
@@ -174,7 +177,7 @@ class Job:
             if writer is not None:
                 writer.add(self.predictor.draw(frame.pixels, detections))
 
-    def tell(self, folder: Path) -> None:
+    def tell(self) -> None:
         """Say what was found and where it is; UserError if files were skipped."""
         counts = self.results.counts
         common = ", ".join(f"{count} {name}" for name, count in counts.most_common(SHOWN))
@@ -186,8 +189,8 @@ class Job:
                 f"{counted(self.turned, 'image')} with an EXIF tag by which viewers turn it: taken as stored, as in "
                 "training; so are boxes and pictures"
             )
-        drawn = [f"{name}/" for name in (PICTURES, VIDEOS) if self.draw and (folder / name).is_dir()]
-        dist.info(f"outputs are in {folder}: {', '.join([*self.results.written(), *drawn])}")
+        drawn = [f"{name}/" for name in (PICTURES, VIDEOS) if self.draw and (self.folder / name).is_dir()]
+        dist.info(f"outputs are in {self.folder}: {', '.join([*self.results.written(), *drawn])}")
         if self.broken:
             rest = f"\n  ... and {len(self.broken) - SHOWN} more" if len(self.broken) > SHOWN else ""
             raise UserError(

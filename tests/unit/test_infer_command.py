@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -111,6 +112,14 @@ def test_broken_images_are_named_and_the_others_done(file: Path, tmp_path: Path,
     assert [path.name for path in (tmp_path / "out" / "pictures").iterdir()] == ["good.jpg"]
 
 
+def test_a_folder_that_cannot_be_written_to_is_an_error(file: Path, tmp_path: Path, capsys) -> None:
+    noise(20, 20).save(tmp_path / "good.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "pictures").touch()
+    assert main.main(infer_command(file, tmp_path, output_dir=tmp_path / "out")) == 2
+    assert "out: cannot write there" in capsys.readouterr().err
+
+
 def test_images_of_the_same_name_get_pictures_and_ids_of_their_own(file: Path, tmp_path: Path, capsys) -> None:
     for part in ("a", "b"):
         (tmp_path / part).mkdir()
@@ -209,6 +218,25 @@ def test_a_video_that_breaks_off_gives_what_was_there(file: Path, tmp_path: Path
     assert {entry["frame"] for entry in entries(out)} == {0, 1, 2}
     with av.open(str(out / "videos" / "clip.mp4")) as container:
         assert len(list(container.decode(video=0))) == 3
+
+
+def test_videos_of_turned_phones_are_turned_as_players_do(tmp_path: Path) -> None:
+    av = pytest.importorskip("av")
+    path = tmp_path / "phone.mp4"
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:, :16] = 255  # bright on the left, which players show at the top
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content, plain = path.read_bytes(), struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    place = content.index(plain, content.index(b"tkhd"))  # the matrix of the track: a quarter turn clockwise
+    turn = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 32 << 16, 0, 1 << 30)
+    path.write_bytes(content[:place] + turn + content[place + len(plain) :])
+    (frame,) = VideoReader(path)
+    assert frame.pixels.shape == (64, 32, 3)
+    assert frame.pixels[:16].mean() > 240 and frame.pixels[16:].mean() < 15
 
 
 def test_videos_without_their_package_are_an_error_with_the_way_out(file: Path, tmp_path: Path, capsys, monkeypatch):
