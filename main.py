@@ -26,6 +26,7 @@ from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
 from util.errors import UserError
 from util.evaluation import Evaluation, best_result
+from util.infer_args import given_flags
 from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
@@ -39,6 +40,8 @@ __all__ = ["get_args_parser", "main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 2 after a mistake of the user, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
+    if args.infer:
+        args.given_flags = given_flags(get_args_parser(), argv)  # only what was given wins over the checkpoint
     try:
         check_args(args)
         run(args)
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        way_on = "; --resume auto goes on from the last checkpoint" if args.output_dir else ""
+        way_on = "; --resume auto goes on from the last checkpoint" if args.output_dir and not args.infer else ""
         print(f"interrupted{way_on}", file=sys.stderr, flush=True)
         return 130
     finally:

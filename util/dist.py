@@ -81,11 +81,11 @@ def init_distributed_mode(device: str, local_rank_flag: int | None, timeout_minu
     """
     launch = read_launch(os.environ, local_rank_flag)
     if launch is None:
-        return _pick_device(device, None)
+        return pick_device(device)
     local = launch.local_rank
     if local is None:
         local = launch.rank % (torch.cuda.device_count() or launch.world_size)
-    chosen = _pick_device(device, local)
+    chosen = pick_device(device, local)
     for name, value in launch.master.items():
         os.environ.setdefault(name, value)
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -106,7 +106,12 @@ def init_distributed_mode(device: str, local_rank_flag: int | None, timeout_minu
     return chosen
 
 
-def _pick_device(name: str, local_rank: int | None) -> torch.device:
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device that `--device` names; of several GPUs that of the process `local_rank`.
+
+    Raises:
+        UserError: a device that is not here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

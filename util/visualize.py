@@ -1,9 +1,9 @@
-"""Pictures of detections beside the ground truth, for looking at what a detector does."""
+"""Pictures of detections, alone or beside the ground truth, for looking at what a detector does."""
 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def draw_detections(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     index_of = {image_id: index for index, image_id in enumerate(dataset.image_ids)}
-    colors = {category: _color(rank) for rank, category in enumerate(sorted(dataset.coco.getCatIds()))}
+    colors = category_colors(dataset.coco.getCatIds())
     paths, cells = [], []
     for found in detections[:limit]:
         if found.image_id not in index_of:
@@ -75,6 +75,31 @@ def draw_detections(
         paths.append(folder / "overview.png")
         _contact_sheet(cells).save(paths[-1])
     return paths
+
+
+def draw_annotations(image: Image.Image, annotations: Sequence[Annotation], scale: float | None = None) -> Image.Image:
+    """Return a picture of the image with boxes and labels, the last one on top.
+
+    Args:
+        image: RGB; it stays as it is.
+        annotations: boxes in pixels of the image.
+        scale: size of the picture over that of the image; None: enlarged or reduced so that labels can be read.
+    """
+    scale = _reading_scale(image.size) if scale is None else scale
+    size = tuple(max(round(side * scale), 1) for side in image.size)
+    image = image.resize(size, Image.Resampling.BICUBIC)
+    if annotations:
+        boxes = _inside(torch.stack([a.box for a in annotations]).float() * scale, size)
+        pixels = draw_bounding_boxes(pil_to_tensor(image), boxes, colors=[a.color for a in annotations], width=2)
+        image = to_pil_image(pixels)
+        for annotation, box in zip(annotations, boxes.tolist()):
+            _write_label(image, annotation, box)
+    return image
+
+
+def category_colors(category_ids: Iterable[int]) -> dict[int, tuple[int, int, int]]:
+    """Return the colour of every category; it depends on the place of the id among all of them."""
+    return {category: _color(rank) for rank, category in enumerate(sorted(category_ids))}
 
 
 def _truth(dataset: Any, image_id: int, colors: dict[int, tuple[int, int, int]]) -> list[Annotation]:
@@ -116,14 +141,7 @@ def _page(
 
 def _panel(image: Image.Image, annotations: Sequence[Annotation], title: str, scale: float) -> Image.Image:
     """Return the image at `scale` with boxes, labels and a title above it."""
-    size = tuple(max(round(side * scale), 1) for side in image.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    if annotations:
-        boxes = _inside(torch.stack([a.box for a in annotations]).float() * scale, size)
-        pixels = draw_bounding_boxes(pil_to_tensor(image), boxes, colors=[a.color for a in annotations], width=2)
-        image = to_pil_image(pixels)
-        for annotation, box in zip(annotations, boxes.tolist()):
-            _write_label(image, annotation, box)
+    image = draw_annotations(image, annotations, scale)
     font = ImageFont.load_default(FONT_SIZE)
     width = max(image.width, round(font.getlength(title)) + 2 * GAP)
     panel = Image.new("RGB", (width, image.height + FONT_SIZE + GAP), PAPER)

@@ -1,0 +1,65 @@
+"""The flags of a model from its checkpoint, so that whoever uses a file need not know how it was trained."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from util.args import get_args_parser
+from util.checkpoint import stored_args
+from util.misfit import describe
+
+# What a published file has to say at least; names and shapes of its weights say the rest.
+NEEDED = ("nheads", "enc_layers", "dec_layers", "hidden_dim")
+# Flags that mean the same in published files, under their names there.
+PUBLISHED = {
+    **{name: name for name in ("nheads", "enc_n_points", "dec_n_points", "dilation", "position_embedding_scale")},
+    **{name: name for name in ("num_queries_one2one", "num_queries_one2many", "num_patterns", "return_interm_indices")},
+    "num_queries": "num_queries_one2one",
+    "look_forward_twice": "look_forward_twice",
+    "num_select": "topk",  # DINO, DAB
+}
+# Facts of the weights that are flags of the same name.
+OF_WEIGHTS = (
+    "two_stage with_box_refine mixed_selection query_pos query_scale decoder_norm hidden_dim num_feature_levels "
+    "dim_feedforward enc_layers dec_layers num_classes backbone position_embedding"
+).split()
+# Flags without which the weights do not fit or mean something else: if a file says them, the command line cannot.
+MODEL_FLAGS = (
+    *OF_WEIGHTS,
+    *("nheads", "enc_n_points", "dec_n_points", "dilation", "position_embedding_scale", "pe_temperature"),
+    *("pe_half_cell", "num_queries_one2one", "num_patterns", "return_interm_indices", "backbone_norm", "logit_eps"),
+)
+
+
+def flags_of(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Namespace | None:
+    """Return the flags that a model for the file is built with, all others at their defaults.
+
+    Our files say them all. Published ones of Deformable-DETR, H-DETR, DAB-Deformable-DETR and DINO hold arguments of
+    their own: those that mean the same are taken, and the rest is read from names and shapes of the weights.
+
+    Args:
+        content: of a checkpoint.
+        weights: the weights in it under our names.
+
+    Returns:
+        None if the file does not say enough.
+    """
+    stored, flags = stored_args(content), vars(get_args_parser().parse_args([]))
+    if "format" in content:
+        return Namespace(**flags | {name: value for name, value in stored.items() if name in flags}) if stored else None
+    if not all(name in stored for name in NEEDED):
+        return None
+    facts = describe(weights)
+    if facts["queries"] is not None:
+        flags["num_queries_one2one"] = facts["queries"]
+    flags |= {ours: stored[name] for name, ours in PUBLISHED.items() if stored.get(name) is not None}
+    flags |= {name: facts[name] for name in OF_WEIGHTS if facts[name] is not None}
+    if facts["query_pos"] == "box":
+        flags["logit_eps"] = 1e-3
+    if facts["query_pos"] == "box" and facts["two_stage"]:  # files of DAB hold such a number too, and do not use it
+        flags |= {"pe_temperature": stored.get("pe_temperatureH", 20), "pe_half_cell": False}
+    return Namespace(**flags)
