@@ -71,8 +71,7 @@ def mend_coco(data: dict, path: Path, notes: Notes | None = None) -> list[str]:
     for image in data["images"]:
         _refuse(_size_fault(image, path))
     categories = _by_id(data["categories"], "category", "name", path)
-    if not categories:
-        raise UserError(f"{path}: the list `categories` is empty; name at least one category")
+    _refuse(_empty_fault(categories, path))
     notes = Notes(path) if notes is None else notes
     listed = []
     for annotation in data["annotations"]:
@@ -140,8 +139,8 @@ class Notes:
 def take_out_refused(data: dict, path: Path) -> list[Fault]:
     """Take out of a COCO-format dict what `mend_coco` would refuse, in place; return all of it.
 
-    `mend_coco` stops at the first fault. This is for a report of all of them, and leaves a dict that can be mended. Of
-    entries with one id the first stays; a malformed image size becomes none.
+    `mend_coco` stops at the first fault. This is for a report of all of them, and leaves a dict that can be mended,
+    unless no category is left. Of entries with one id the first stays; a malformed image size becomes none.
     """
     faults = []
     images = _unique(data["images"], "image", "file_name", path, faults)
@@ -149,6 +148,9 @@ def take_out_refused(data: dict, path: Path) -> list[Fault]:
         if fault := _size_fault(image, path):
             faults.append(fault)
             image["width"] = image["height"] = None
+    if fault := _empty_fault(data["categories"], path):
+        faults.append(fault)
+        data["annotations"] = []  # no category of theirs is listed, but that is not what is wrong
     categories = _unique(data["categories"], "category", "name", path, faults)
     listed = {entry.get("id") for entry in data["images"] if isinstance(entry.get("id"), int)}
     kept = []
@@ -203,6 +205,13 @@ def _entry_fault(entry: dict, kind: str, name: str, path: Path) -> Fault | None:
         return None
     message = f"{path}: the {kind} {entry} needs an `id` (a whole number from 0 on) and a `{name}` (text)"
     return Fault(f"{_plural(kind)} without a whole number as `id`, or without a `{name}`", number, message)
+
+
+def _empty_fault(categories: list | dict, path: Path) -> Fault | None:
+    if categories:
+        return None
+    message = f"{path}: the list `categories` is empty; name at least one category"
+    return Fault("lists of categories that are empty", path.name, message)
 
 
 def _plural(kind: str) -> str:

@@ -34,7 +34,7 @@ class Finding:
     def lines(self) -> list[str]:
         """Return it as text."""
         shown = ", ".join(self.examples) + (", ..." if self.count > len(self.examples) else "")
-        lines = [f"[{self.level}] {self.count} {self.what}" + (f": {shown}" if self.examples else "")]
+        lines = [f"[{self.level}] {self.what}: {self.count}" + (f" ({shown})" if self.examples else "")]
         lines.append(f"    -> {self.action}")
         return lines + [f"    first: {self.detail}"] * bool(self.detail)
 
@@ -93,7 +93,6 @@ def survey(part: str, source: Path, data: dict) -> Survey:
     if data["categories"]:
         mend_coco(data, source, notes)
     else:
-        result.add(REFUSED, "list of categories that is empty", [source.name], FILE_REFUSED)
         data["annotations"] = []
     result.entries = sorted(data["images"], key=lambda image: image["id"])
     result.image_ids = [image["id"] for image in result.entries]

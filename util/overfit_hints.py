@@ -65,10 +65,12 @@ def _about_course(args: Namespace, losses: Sequence[float], ap50: Sequence[tuple
     tail = losses[-max(len(losses) // 10, 1) :]
     share = sum(tail) / len(tail) / losses[0]
     lines = []
-    if not share < 1:
+    if args.lr == 0:
+        lines.append("--lr 0: nothing is trained")
+    elif not share < 1:
         lines.append(
             f"the loss did not fall ({losses[0]:.3f} at first, {tail[-1]:.3f} at last): --lr {args.lr:g} is too high, "
-            "or 0; try a tenth of it"
+            "try a tenth of it"
         )
     elif share > 0.9:
         lines.append(
