@@ -85,7 +85,11 @@ def overfit_command(args: Namespace) -> int:
     ids = [target.image_id for target in run.targets]
     dist.info(f"one batch on {device}: image ids {ids} with {[len(t) for t in run.targets]} objects")
     before = detect(run)
-    after = learn(run, args.overfit_steps)
+    try:
+        after = learn(run, args.overfit_steps)
+    except UserError as error:  # of the guard: the loss is no number any more
+        dist.info(f"FAIL after {len(run.losses)} steps: {error}")
+        return 1
     if folder is not None:
         dist.info(f"written: {', '.join(map(str, _write(folder, run, before, after)))}")
     steps, ap50 = run.ap50[-1]

@@ -16,9 +16,10 @@ from main import main
 from tests.tiny import make_target
 from util.args import get_args_parser
 from util.errors import UserError
-from util.overfit import EPOCHS, Run, as_truth, first_batch, judge, learn
+from util.overfit import EPOCHS, Run, as_truth, first_batch, judge, learn, overfit_command
 from util.overfit_hints import fates, hints
 from util.structures import Detections, ImageBatch
+from util.visualize import of_detections, of_target
 
 FLAGS = (
     "--overfit_batch --device cpu --dataset_file synthetic --synthetic_train 8 --synthetic_size 64 64 "
@@ -54,12 +55,12 @@ def detections(*rows: tuple, image_id: int = 0) -> Detections:
 
 
 def test_a_tiny_batch_is_learned(tmp_path, capsys):
-    assert run_main(tmp_path, "--overfit_steps 200") == 0
+    assert run_main(tmp_path, "--overfit_steps 100") == 0
     assert "\nPASS after " in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["overfit.json", "overfit.png"]  # no checkpoint
     numbers = json.loads((tmp_path / "overfit.json").read_text())
     assert numbers["passed"] and numbers["loss"][-1] < numbers["loss"][0] / 2
-    assert numbers["AP50"][0][0] == 0 and numbers["AP50"][-1][0] == len(numbers["loss"]) <= 200
+    assert numbers["AP50"][0][0] == 0 and numbers["AP50"][-1][0] == len(numbers["loss"]) <= 100
     assert numbers["AP50"][0][1] < 0.9 <= numbers["AP50"][-1][1]
     with Image.open(tmp_path / "overfit.png") as sheet:
         assert sheet.width > 3 * 472 and sheet.height > 2 * 472  # truth, before, after; two images
@@ -70,6 +71,12 @@ def test_nothing_is_learned_without_a_rate(capsys):
     text = capsys.readouterr().out
     assert "\nFAIL after 3 steps: loss 100% of its start (needs 50%)" in text
     assert "  - --lr 0: nothing is trained\n" in text
+
+
+@pytest.mark.filterwarnings("ignore:.*matching costs are not finite")
+def test_losses_that_are_no_numbers_are_a_failure(capsys):
+    assert run_main(None, "--overfit_steps 9 --lr 1e30 --clip_max_norm 0 --max_nonfinite 2") == 1
+    assert "\nFAIL after 2 steps: 2 non-finite" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -83,10 +90,10 @@ def test_without_data_there_is_nothing_to_learn(capsys):
     assert "error: --coco_path nowhere is not a folder" in capsys.readouterr().err
 
 
-def test_it_is_a_test_of_one_process(monkeypatch, capsys):
+def test_it_is_a_test_of_one_process(monkeypatch):
     monkeypatch.setattr(util.overfit.dist, "is_distributed", lambda: True)
-    assert run_main() == 2
-    assert "--overfit_batch is a test of one process" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--overfit_batch is a test of one process"):
+        overfit_command(parse())
 
 
 # ---- the batch ----
@@ -139,6 +146,18 @@ def test_detections_equal_to_the_targets_have_an_ap50_of_one(monkeypatch):
         run = Run(state, None, None, None, torch.device("cpu"), ImageBatch(None, None, []), targets)
         judge(run)
         assert run.ap50 == [(0, pytest.approx(expected, abs=0.01))]
+
+
+def test_what_is_drawn_lies_on_the_image_of_the_batch_not_of_the_file():
+    target = make_target([[0.5, 0.5, 0.5, 0.5]], [1])  # of a file of 64 x 64 pixels
+    target.size = (32, 128)
+    (truth,) = of_target(target, ["cat", "dog"])
+    low, high = of_detections(
+        detections((0.9, 1, 16, 16, 48, 48), (0.5, 0, 0, 0, 64, 64), (0.2, 0, 0, 0, 9, 9)), target, ["cat", "dog"], 0.3
+    )
+    assert truth.box.tolist() == high.box.tolist() == [32, 8, 96, 24]
+    assert (truth.text, high.text, low.text) == ("dog", "dog 0.90", "cat 0.50") and truth.color == high.color
+    assert low.box.tolist() == [0, 0, 128, 32]
 
 
 def test_the_fate_of_every_object_is_told():
