@@ -38,13 +38,13 @@ __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Run the command line; return 0, 1 if a test failed, 2 after a mistake of the user, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
     if args.infer:
         args.given_flags = given_flags(get_args_parser(), argv)  # only what was given wins over the checkpoint
     try:
         check_args(args)
-        run(args)
+        return run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -54,14 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         dist.shutdown()
-    return 0
 
 
-def run(args: Namespace) -> None:
-    """Build everything, then train, evaluate or analyse; or do what another command says."""
+def run(args: Namespace) -> int | None:
+    """Build everything, then train, evaluate or analyse; or do what another command says, and return what it does."""
     if (command := chosen_command(args)) is not None:
-        command(args)
-        return
+        return command(args)
     device = dist.init_distributed_mode(args.device, args.local_rank, args.dist_timeout)
     output_dir = prepare_output_dir(args.output_dir)
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from util.anchor_args import add_anchors, add_denoising
+from util.data_args import add_data_checks
 from util.infer_args import add_infer
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
@@ -28,6 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_run,
         _add_data,
         _add_synthetic,
+        add_data_checks,
         _add_backbone,
         _add_transformer,
         add_queries,
