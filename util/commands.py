@@ -13,6 +13,8 @@ from importlib import import_module
 # flag -> (module, function); the flag is unset when its value is false or empty
 COMMANDS: dict[str, tuple[str, str]] = {
     "strip": ("util.strip", "strip_command"),
+    "plot": ("util.plot", "plot_command"),
+    "report": ("util.report", "report_command"),
 }
 
 
