@@ -77,9 +77,8 @@ def _drawn(line: Line, spots: list[tuple[float, float]], points: list[tuple[floa
 def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_label: str, place, log: bool) -> Html:
     parts = []
     bottom = HEIGHT - BOTTOM
-    for value in _ticks(y_low, y_high, 5):
-        y = place(x_low, 10**value if log else value)[1]
-        shown = f"{10**value:.2g}" if log else f"{value:.4g}"
+    for value in _log_ticks(10**y_low, 10**y_high) if log else _ticks(y_low, y_high, 6):
+        y, shown = place(x_low, value)[1], _number(value)
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", stroke="#e6e8ec"))
         parts.append(el("text", shown, x=LEFT - 5, y=f"{y + 3.5:.1f}", text_anchor="end"))
     whole = x_high - x_low > 1.5  # epochs
@@ -108,6 +107,22 @@ def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[
     step = max(1.0, round(step)) if whole else step
     first = math.ceil(low / step - 1e-9)
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return the powers of ten from `low` to `high`; of few of them, also their double and fivefold."""
+    powers = [10.0**e for e in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    fine = [power * factor for power in powers for factor in (1, 2, 5)]
+    ticks = [value for value in fine if low <= value <= high]
+    return ticks if len(ticks) <= 7 else [value for value in powers if low <= value <= high]
+
+
+def _number(value: float) -> str:
+    """Return a short number: 0.25, 3e-5."""
+    if value and not 1e-3 <= abs(value) < 1e5:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
 
 
 def _legend(lines: Sequence[Line]) -> Html | None:

@@ -24,7 +24,7 @@ def el(name: str, /, *children: Any, **attributes: Any) -> Html:
         if value is not None
     )
     inside = join(children)
-    return Html(f"<{name}{shown}>" if name in VOID and not inside else f"<{name}{shown}>{inside}</{name}>")
+    return Html(f"<{name}{shown}/>" if name in VOID and not inside else f"<{name}{shown}>{inside}</{name}>")
 
 
 def join(parts: Iterable[Any]) -> Html:
@@ -48,17 +48,24 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], *, sortable: boo
     Args:
         sortable: a click on a header sorts, numbers by `data-value`. Cells may be `(shown, value)`.
     """
+    rows = list(rows)
     body = [el("tr", *(_cell(value) for value in row)) for row in rows]
-    head = el("tr", *(el("th", name, scope="col") for name in header))
+    right = [_is_number(value) for value in rows[0]] if rows else [False] * len(header)
+    kinds = ["number" if number else None for number in right]
+    head = el("tr", *(el("th", name, scope="col", class_=kind) for name, kind in zip(header, kinds)))
     inside = el("table", el("thead", head), el("tbody", *body), class_="sortable" if sortable else None)
     return el("div", inside, class_="scroll")
 
 
 def _cell(value: Any) -> Html:
     shown, number = value if isinstance(value, tuple) else (value, value)
-    if isinstance(number, (int, float)) and not isinstance(number, bool):
+    if _is_number(value):
         return el("td", shown, class_="number", data_value=number)
     return el("td", shown)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value[1] if isinstance(value, tuple) else value, (int, float))
 
 
 def percent(value: float | None) -> tuple[str, float]:

@@ -36,7 +36,7 @@ def images(found: Evaluated, count: int) -> Html:
             parts += [el("h3", title), _figures(found, chosen.tolist(), captions, threshold)]
     hint = (
         f"Truth left, detections with a score of at least {threshold:g} right. Sorted by the F1 of the image at IoU "
-        "0.5; a mistake is a missed object or a wrong detection."
+        "0.5; a mistake is a missed object or a wrong detection. A click enlarges."
     )
     return section("Images", "images", el("p", hint, class_="hint"), *(parts or [note("No image has an object.")]))
 
@@ -53,10 +53,10 @@ def _figures(found: Evaluated, chosen: list[int], captions: list[str], threshold
         paths = draw_detections(found.dataset, own, Path(folder), limit=len(own), score_threshold=threshold)
         sources = [_data_uri(path) for path in paths[: len(own)]]
     figures = [
-        el("figure", el("figcaption", text), el("img", src=source, alt=text, loading="lazy"))
+        el("figure", el("figcaption", text), el("img", src=source, alt=text), tabindex=0)
         for text, source in zip(captions, sources)
     ]
-    return el("div", *figures, class_="grid wide")
+    return el("div", *figures, class_="grid wide pictures")
 
 
 def _detections(found: Evaluated, image_id: int) -> Detections:

@@ -16,6 +16,7 @@ html { scroll-behavior:smooth; scroll-padding-top:3.2rem; }
 body { margin:0; background:var(--back); color:var(--ink); font:15px/1.5 system-ui,"Segoe UI",Roboto,Helvetica,Arial,
   sans-serif; }
 header, main, footer { max-width:1140px; margin:0 auto; padding:0 1rem; }
+main { padding-top:1px; }
 header { padding-top:1.6rem; }
 h1 { font-size:1.7rem; margin:0; overflow-wrap:anywhere; }
 h2 { font-size:1.2rem; margin:0 0 .8rem; }
@@ -38,15 +39,17 @@ figure { margin:0; min-width:0; } figcaption { font-weight:600; font-size:.92rem
 figure img { width:100%; height:auto; display:block; border:1px solid var(--line); border-radius:6px; }
 svg { width:100%; height:auto; font-size:11px; fill:var(--soft); font-family:inherit; }
 .matrix svg { max-width:none; }
+.beside { display:flex; flex-wrap:wrap; gap:0 2.5rem; } .beside > * { max-width:100%; }
 .legend { display:flex; flex-wrap:wrap; gap:.1rem .9rem; font-size:.8rem; color:var(--soft); padding-left:2.6rem; }
 .legend i { display:inline-block; width:1.3rem; vertical-align:middle; margin-right:.35rem; }
+.pictures figure { cursor:zoom-in; } .pictures figure:focus { grid-column:1 / -1; outline:none; cursor:auto; }
 .scroll { overflow-x:auto; } .tall .scroll { max-height:32rem; overflow-y:auto; }
 table { border-collapse:collapse; font-size:.9rem; }
 th, td { padding:.3rem .75rem; text-align:left; vertical-align:top; }
 th { border-bottom:2px solid var(--line); font-weight:600; white-space:nowrap; background:var(--paper); }
 .tall th { position:sticky; top:0; }
 td { border-bottom:1px solid var(--line); overflow-wrap:anywhere; } td:first-child { white-space:nowrap; }
-td.number { text-align:right; font-variant-numeric:tabular-nums; white-space:nowrap; }
+.number { text-align:right; } td.number { font-variant-numeric:tabular-nums; white-space:nowrap; }
 .sortable th { cursor:pointer; } .sortable th:hover { color:var(--blue); }
 th[aria-sort=ascending]::after { content:" \\2191"; } th[aria-sort=descending]::after { content:" \\2193"; }
 pre { background:var(--back); border-radius:6px; padding:.7rem .9rem; margin:0; white-space:pre-wrap;

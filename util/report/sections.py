@@ -136,8 +136,8 @@ def precision_recall(found: EvalCurves) -> Html:
         own.append(Line(f"{name} {pr.classes[name].mean():.3f}", x, y, COLORS[rank]))
     title = "classes at IoU 0.5" + (f", the best and worst {NAMED // 2}" if len(named) < len(ranked) else "")
     figures = [
-        line_chart(f"mean of {len(ranked)} classes", lines, "recall", y_range=(0, 1.02)),
-        line_chart(title, own, "recall", y_range=(0, 1.02)),
+        line_chart(f"mean of {len(ranked)} classes", lines, "recall", y_range=(0, 1)),
+        line_chart(title, own, "recall", y_range=(0, 1)),
     ]
     hint = el("p", "Precision (up) that is reached at a recall (right).", class_="hint")
     return section("Precision and recall", "precision", hint, el("div", *figures, class_="grid wide"))
@@ -150,16 +150,16 @@ def confusions(found: EvalCurves) -> Html:
         f"Detections with a score of at least {matrix.threshold:g}, at IoU 0.5. Rows are the truth, columns what was "
         "detected. Background: a detection where no object is left. Missed: an object that nothing found."
     )
-    shown: list[Html | None] = [el("p", hint, class_="hint")]
-    if len(matrix.names) <= MATRIX:
-        shown.append(heat_map(matrix.names, matrix.counts))
-    else:
-        shown.append(note(f"{len(matrix.names)} classes are too many for a picture; all are in eval/confusion.csv."))
     rows = [(truth, predicted, count, percent(share)) for truth, predicted, count, share in mistaken[:LISTED]]
     header = ["truth", "detected as", "objects", "% of that class"]
     title = "Wrong classes" + (f", the {LISTED} most frequent of {len(mistaken)}" if len(mistaken) > LISTED else "")
     inside = table(header, rows, sortable=True) if rows else note("No object was taken for another class.")
-    return section("Confusion", "confusion", *shown, el("h3", title), el("div", inside, class_="tall"))
+    listed = el("div", el("h3", title), inside, class_="tall")
+    if len(matrix.names) > MATRIX:
+        shown = join([note(f"{len(matrix.names)} classes are too many for a picture; see eval/confusion.csv."), listed])
+    else:
+        shown = el("div", heat_map(matrix.names, matrix.counts), listed, class_="beside")
+    return section("Confusion", "confusion", el("p", hint, class_="hint"), shown)
 
 
 def files(run: Run, page: Path) -> Html:
