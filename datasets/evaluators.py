@@ -166,7 +166,7 @@ class CocoEvaluator:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path} is no COCO results list ({error!r}): evaluate again") from error
         used = {int(row[-1]) for own in rows.values() for row in own}
-        if not (self._image_ids.issuperset(rows) and used <= set(self.dataset.category_ids)):
+        if not (self._image_ids.issuperset(rows) and used <= set(self.dataset.category_ids) - {-1}):
             raise UserError(f"{path} has images or categories that the data set does not have: it is of other data")
         self._results = {i: _best_first(np.asarray(own, dtype=np.float64)) for i, own in rows.items()}
 
