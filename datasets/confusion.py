@@ -90,7 +90,10 @@ def _rates(right: int, found: int, objects: int) -> tuple[float, float, float]:
 
 
 def common_threshold(matches: Matches) -> float:
-    """Return the score, in steps of 0.01, above which the mean F1 over classes with objects is best."""
+    """Return the score, in steps of 0.01, from which on the mean F1 over classes with objects is best.
+
+    Of equal ones it is the lowest; 0.5 where no detection is right.
+    """
     counted, classes = ~matches.ignored, len(matches.names)
     # Threshold t keeps scores >= t / STEPS; the small number mends 0.29 * 100 = 28.999...
     step = np.floor(matches.found.score[counted] * STEPS + 1e-9).astype(np.int64).clip(0, STEPS)
@@ -99,10 +102,9 @@ def common_threshold(matches: Matches) -> float:
     tables = (np.bincount(cells, minlength=size) for cells in (cell, cell[matches.hit[counted]]))
     found, right = (t.reshape(classes, -1)[:, ::-1].cumsum(axis=1)[:, ::-1] for t in tables)
     objects = matches.per_class[:, None]
-    shown = matches.per_class > 0
-    if not shown.any():
+    if not right.any():
         return 0.5
-    f1 = (2 * right / np.maximum(found + objects, 1))[shown].mean(axis=0)
+    f1 = (2 * right / np.maximum(found + objects, 1))[matches.per_class > 0].mean(axis=0)
     return (1 + int(np.argmax(f1[1:]))) / STEPS
 
 

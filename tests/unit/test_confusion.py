@@ -129,6 +129,7 @@ def test_the_common_threshold_is_the_lowest_of_the_best_mean_f1():
     assert common_threshold(three_of_four()) == 0.51  # above 0.5, from there to 0.6 all the same
     assert common_threshold(matched(truth((1, CAT, HERE)), (1, CAT, HERE, 0.29), (1, CAT, FAR, 0.28))) == 0.29
     assert common_threshold(matched(truth())) == 0.5
+    assert common_threshold(matched(truth((1, CAT, HERE)), (1, CAT, FAR, 0.9))) == 0.5  # nothing is right
 
 
 def test_images_are_scored_one_by_one():

@@ -13,6 +13,7 @@ from PIL import Image
 
 from datasets.confusion import Confusion
 from datasets.evaluators import CocoEvaluator
+from tests.cli import run
 from tests.unit.eval_cases import drawn, evaluate, feed, packages
 from tests.unit.test_confusion import CAT, FAR, HERE, truth
 from util.errors import UserError
@@ -147,6 +148,18 @@ def test_averaged_weights_have_curves_of_their_own(tmp_path, monkeypatch):
     averaged = SimpleNamespace(module=torch.nn.Linear(1, 1))
     evaluation(tmp_path, monkeypatch, curves=True).run(torch.nn.Linear(1, 1), averaged, 0, last=True)
     assert all((tmp_path / folder / "thresholds.csv").is_file() for folder in ("eval", "eval_ema"))
+
+
+def test_a_training_ends_with_curves_and_an_evaluation_makes_them_anew(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    tables = [tmp_path / "eval" / name for name in sorted(FILES)]
+    assert run(tmp_path, "--epochs 1 --synthetic_train 2 --eval_curves") == 0
+    for path in tables:
+        path.unlink()
+    chosen = f"--eval --resume {tmp_path}/checkpoint.pth --eval_curves --confusion_score 0.25"
+    assert run(tmp_path, chosen) == 0
+    assert all(path.is_file() for path in tables)
+    assert read_eval_curves(tmp_path / "eval").confusion.threshold == 0.25
 
 
 # ---- results of an earlier evaluation ----

@@ -213,6 +213,11 @@ def test_a_line_goes_through_its_points_and_skips_what_is_no_number():
     assert "a 3: 1" in chart and chart.count("<circle") == 2
 
 
+def test_epochs_are_whole_numbers_on_the_axis():
+    chart = line_chart("loss", [Line("a", [1, 2], [0.0, 1.0], COLORS[0])], "epoch")
+    assert re.findall(r'text-anchor="middle">([^<]*)<', chart) == ["1", "2", "epoch"]
+
+
 @pytest.mark.parametrize("values", [[], [float("nan")], [0.0, -1.0]])
 def test_a_chart_without_values_says_so(values):
     assert "no values" in line_chart("lr", [Line("a", range(len(values)), values, COLORS[0])], "epoch", log=True)

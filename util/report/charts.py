@@ -81,8 +81,7 @@ def _axes(x_low: float, x_high: float, y_low: float, y_high: float, x_label: str
         y, shown = place(x_low, value)[1], _number(value)
         parts.append(el("line", x1=LEFT, x2=WIDTH - RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", stroke="#e6e8ec"))
         parts.append(el("text", shown, x=LEFT - 5, y=f"{y + 3.5:.1f}", text_anchor="end"))
-    whole = x_high - x_low > 1.5  # epochs
-    for value in _ticks(x_low, x_high, 6, whole=whole):
+    for value in _ticks(x_low, x_high, 6, whole=x_label == "epoch"):
         x = place(value, 1.0)[0]
         parts.append(el("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=bottom, y2=bottom + 4, stroke="#8a919c"))
         parts.append(el("text", f"{value:g}", x=f"{x:.1f}", y=bottom + 15, text_anchor="middle"))
