@@ -48,7 +48,8 @@ table { border-collapse:collapse; font-size:.9rem; }
 th, td { padding:.3rem .75rem; text-align:left; vertical-align:top; }
 th { border-bottom:2px solid var(--line); font-weight:600; white-space:nowrap; background:var(--paper); }
 .tall th { position:sticky; top:0; }
-td { border-bottom:1px solid var(--line); max-width:40rem; overflow-wrap:break-word; } td:first-child { white-space:nowrap; }
+td { border-bottom:1px solid var(--line); max-width:40rem; overflow-wrap:break-word; }
+td:first-child { white-space:nowrap; }
 td:not(.number):not(:first-child) { min-width:8rem; }
 .number { text-align:right; } td.number { font-variant-numeric:tabular-nums; white-space:nowrap; }
 .sortable th { cursor:pointer; } .sortable th:hover { color:var(--blue); }
