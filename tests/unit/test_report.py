@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import main
+from datasets.confusion import Confusion
 from tests.unit.report_cases import make_run
 from util.errors import UserError
-from util.eval_curves import read_eval_curves
-from util.report import write_report
+from util.eval_curves import EvalCurves, PrecisionRecall, read_eval_curves
+from util.report import sections, write_report
 from util.report.charts import COLORS, Line, heat_map, line_chart
 from util.report.html import Html, el, table
 from util.report.page import SCRIPT, STYLE
@@ -69,10 +70,10 @@ def test_the_command_writes_one_file_with_all_sections(run, capsys):
     assert main.main(["--report", str(run), "--report_images", "2"]) == 0
     assert f"wrote {run / 'report.html'}" in capsys.readouterr().out
     page = Page((run / "report.html").read_text(encoding="utf-8"))
-    sections = {"results", "training", "classes", "precision", "confusion", "images", "settings", "files"}
-    assert sections <= page.ids and not page.open
+    present = {"results", "training", "classes", "precision", "confusion", "images", "settings", "files"}
+    assert present <= page.ids and not page.open
     assert page.images == 4
-    assert {r[1:] for r in page.references if r.startswith("#")} == sections  # no matching health in this log
+    assert {r[1:] for r in page.references if r.startswith("#")} == present  # no matching health in this log
 
 
 def test_nothing_is_loaded_from_elsewhere(run):
@@ -227,3 +228,25 @@ def test_cells_of_the_matrix_say_what_they_count():
     picture = heat_map(["cat", "a<b"], np.array([[3, 1, 0], [0, 0, 2], [4, 0, 0]]))
     assert "cat as a&lt;b: 1 (25.0%)" in picture and "a&lt;b as missed: 2 (100.0%)" in picture
     assert "background as cat: 4 (100.0%)" in picture and picture.count("<title>") == 4
+
+
+def many_classes(classes: int) -> EvalCurves:
+    names = [f"class {i}" for i in range(classes)]
+    counts = np.eye(classes + 1, dtype=np.int64)
+    counts[0, 1] = 5
+    curves = {name: np.full(101, i / classes) for i, name in enumerate(names)}
+    nothing = np.zeros(101)
+    return EvalCurves(PrecisionRecall(nothing, nothing, nothing, curves), [], Confusion(names, counts, 0.5), None)
+
+
+def test_too_many_classes_for_a_matrix_are_listed():
+    shown = sections.confusions(many_classes(101))
+    assert "101 classes are too many for a picture" in shown and "<svg" not in shown
+    assert "<td>class 0</td><td>class 1</td>" in shown
+    assert "<svg" in sections.confusions(many_classes(100))
+
+
+def test_of_many_classes_the_best_and_the_worst_are_named():
+    shown = text_of(sections.precision_recall(many_classes(1203)))
+    assert "the best and worst 5" in shown and "class 1202 0.999" in shown and "class 0 0.000" in shown
+    assert "class 600" not in shown

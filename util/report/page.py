@@ -59,7 +59,8 @@ pre { background:var(--back); border-radius:6px; padding:.7rem .9rem; margin:0; 
 summary { cursor:pointer; color:var(--blue); margin:.8rem 0 .5rem; }
 .note { color:#75590c; background:#fdf6e0; border-radius:6px; padding:.5rem .8rem; margin:.4rem 0; font-size:.9rem; }
 .hint { color:var(--soft); font-size:.87rem; margin:.2rem 0 .8rem; }
-@media print { nav { display:none; } section { break-inside:avoid; } body { background:#fff; } }
+@media print { nav { display:none; } section { break-inside:avoid; } body { background:#fff; }
+  .tall .scroll { max-height:none; } }
 """)
 
 SCRIPT = Html("""

@@ -46,7 +46,7 @@ def settings(run: Run) -> Html:
         "settings",
         el("pre", command[0]) if command else note("There is no env.txt with the command line."),
         el("h3", "Flags that differ from the defaults"),
-        el("div", table(["flag", "value", "default"], changed), class_="tall") if changed else note("none"),
+        table(["flag", "value", "default"], changed) if changed else note("none"),
         el("details", el("summary", "Environment"), el("pre", "\n".join(rest))) if rest else None,
     )
 
@@ -172,8 +172,8 @@ def files(run: Run, page: Path) -> Html:
         link = quote(Path(os.path.relpath(path, page.parent)).as_posix())
         size = path.stat().st_size
         rows.append((el("a", path.relative_to(run.folder).as_posix(), href=link), (_bytes(size), size)))
-    inside = el("div", table(["file", "size"], rows), class_="tall")
-    return section("Files", "files", el("p", str(run.folder.resolve()), class_="hint"), inside)
+    where = el("p", str(run.folder.resolve()), class_="hint")
+    return section("Files", "files", where, table(["file", "size"], rows))
 
 
 def _two(log: Sequence[Entry], readers: Sequence[tuple[str, Callable[[Entry], float | None]]]) -> list[Line]:
