@@ -102,6 +102,8 @@ def run(args: Namespace) -> int | None:
         topk=args.topk,
         evaluator=args.evaluator,
         draw=args.draw,
+        curves=args.eval_curves,
+        confusion_score=args.confusion_score,
         correspondences=Correspondences(criterion, val_set, watched) if watched else None,
     )
     if args.analyse:
@@ -209,8 +211,9 @@ def finish_epoch(args: Namespace, evaluation: Evaluation, state: TrainState, log
     """Evaluate if it is time, write the line of the log, keep the best weights."""
     entry: dict[str, Any] = {f"train_{name}": value for name, value in state.train_stats.items()}
     done = state.epoch + 1
-    if done % args.eval_every == 0 or done >= args.epochs:
-        entry |= evaluation.run(state.model, state.ema, state.epoch)
+    last = done >= args.epochs
+    if done % args.eval_every == 0 or last:
+        entry |= evaluation.run(state.model, state.ema, state.epoch, last=last)
     entry |= {"epoch": state.epoch, "n_parameters": count_parameters(state.model)}
     best = best_result([entry], state.best)
     if best != state.best:

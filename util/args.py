@@ -11,6 +11,7 @@ import argparse
 from util.anchor_args import add_anchors, add_denoising
 from util.data_args import add_data_checks
 from util.infer_args import add_infer
+from util.report_args import add_reports
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
@@ -43,6 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_distributed,
         _add_logging,
         add_infer,
+        add_reports,
     ):
         add(parser)
     return parser

@@ -16,6 +16,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "infer": ("util.infer_command", "infer_command"),
     "check_data": ("util.check_data", "check_command"),
     "overfit_batch": ("util.overfit", "overfit_command"),
+    "plot": ("util.plot", "plot_command"),
+    "report": ("util.report", "report_command"),
 }
 
 
