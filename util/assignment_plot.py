@@ -16,6 +16,7 @@ from util.visualize import _color
 DPI = 130
 SIDE = 2.5  # inches of the longer side of a panel
 IMAGE = 4.2  # inches of the image with its objects
+LABEL = 0.6  # inches of the names of groups
 FADE = 0.6  # share of white over the image, so that boxes stand out
 THICK, THIN = 2.2, 1.1  # lines of objects and of queries
 
@@ -40,8 +41,9 @@ def draw_assignment(pairs: Pairs, image: Image.Image, names: Sequence[str], path
     scale = SIDE / max(image.size)
     cell = image.width * scale, image.height * scale
     rows, columns = len(pairs.groups), int(pairs.depth.max())
-    size = (IMAGE + columns * (cell[0] + 0.1) + 0.3, max(rows * (cell[1] + 0.55) + 0.5, IMAGE + 0.9))
+    size = (IMAGE + columns * (cell[0] + 0.1) + LABEL, max(rows * (cell[1] + 0.45), IMAGE + 0.9))
     figure = plt.figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     left, right = figure.subfigures(1, 2, width_ratios=(IMAGE, size[0] - IMAGE))
     _draw_objects(left, image, pairs, names, colours)
     pixels = np.asarray(image, dtype=np.float32) / 255 * (1 - FADE) + FADE
@@ -126,7 +128,8 @@ def _draw_objects(
         Line2D([], [], color="0.3", linewidth=THICK, linestyle=(0, (2, 1.2)), label="object"),
         Line2D([], [], color="0.3", linewidth=THIN, label="box of a query that learns it"),
     ]
-    figure.legend(handles=marks, loc="outside lower center", fontsize=8, frameon=False)
+    where = {"loc": "upper left", "bbox_to_anchor": (0, -0.01), "borderaxespad": 0}
+    axes.legend(handles=marks, fontsize=8, frameon=False, **where)
 
 
 def _box(axes: Any, box: np.ndarray, size: tuple[int, int], **style: Any) -> None:

@@ -15,12 +15,16 @@ from util.plot import _pyplot
 
 DPI = 150
 SIDE = 3.0  # inches of the longer side of a panel
+BAR = 0.8  # inches of the scale of colours and the names of rows
 COLUMNS = 6  # most panels side by side
 FADE = 0.35  # share of white over the image, so that points stand out
 ZOOM_BELOW = 0.4  # a second view is drawn where the points fill a smaller share of the image's longer side
 MARGIN = 0.25  # of that view, as a share of what it shows
 BOX, CROSS, REFERENCE = "#e41a1c", "#00c000", "#00c000"
 COLOURS = "plasma"
+
+
+View = tuple[float, float, float, float]  # x0, y0, x1, y1 of a part of the picture, pixels
 
 
 @dataclass(frozen=True)
@@ -49,17 +53,18 @@ def draw_looks(rows: Sequence[Sequence[Look]], image: Image.Image, titles: Title
     """
     plt = _pyplot()
     whole = (0.0, 0.0, float(image.width), float(image.height))
-    views: list[tuple[Sequence[Look], tuple[float, float, float, float], bool]] = []
+    views: list[tuple[Sequence[Look], View, bool]] = []
+    close = close_view(rows[0], whole) if len(rows) == 1 else None
     for looks in rows:
         parts = [looks[i : i + COLUMNS] for i in range(0, len(looks), COLUMNS)]
-        close = close_view(looks, whole) if len(rows) == 1 else None
         for part in parts:
             views += [(part, whole, True)] + ([(part, close, False)] if close else [])
     columns = max(len(looks) for looks, _, _ in views)
     heights = [_panel_size(view)[1] for _, view, _ in views]
     width = columns * _panel_size(whole)[0]
-    size = (width + 0.9, sum(heights) + 0.3 * len(views) + 0.9)
+    size = (width + 0.1 * columns + BAR, sum(heights) + 0.3 * len(views) + 0.6)
     figure = plt.figure(figsize=size, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
     grid = figure.subplots(len(views), columns, squeeze=False, height_ratios=heights)
     pixels = _faded(image)
     strongest = max(float(look.weights.max()) for looks in rows for look in looks)
@@ -69,10 +74,13 @@ def draw_looks(rows: Sequence[Sequence[Look]], image: Image.Image, titles: Title
             axes.set_axis_off()
         for axes, look in zip(axes_row, looks):
             drawn = _draw(plt, axes, look, pixels, view, strongest)
+            if first and close:
+                axes.add_patch(_frame(plt, close))
             axes.set_title(_title(look, titles, whole) if first else "closer", fontsize=8, pad=3)
         if titles.rows:
             axes_row[0].set_ylabel(titles.rows[number * len(rows) // len(views)], fontsize=8)
-    bar = figure.colorbar(drawn, ax=grid, shrink=0.7, aspect=30, pad=0.02)
+    shrink = min(1.0, (heights[0] + 0.2) / size[1])  # as high as a panel
+    bar = figure.colorbar(drawn, ax=grid, shrink=shrink, aspect=18, pad=0.01, fraction=0.4 * BAR / size[0])
     bar.ax.tick_params(labelsize=7)
     bar.set_label("attention weight", fontsize=8)
     figure.suptitle(titles.figure, fontsize=9)
@@ -82,9 +90,7 @@ def draw_looks(rows: Sequence[Sequence[Look]], image: Image.Image, titles: Title
     return path
 
 
-def close_view(
-    looks: Sequence[Look], whole: tuple[float, float, float, float]
-) -> tuple[float, float, float, float] | None:
+def close_view(looks: Sequence[Look], whole: View) -> View | None:
     """Return the part (x0, y0, x1, y1) of the picture where the points and boxes of a query are, in all its layers.
 
     None if they fill a good part of the picture anyway. A twentieth of the points on each side may lie outside. The
@@ -102,7 +108,7 @@ def close_view(
     return (*start.tolist(), *(start + sides * share).tolist())
 
 
-def _panel_size(view: tuple[float, float, float, float]) -> tuple[float, float]:
+def _panel_size(view: View) -> tuple[float, float]:
     """Return width and height of a panel in inches."""
     width, height = view[2] - view[0], view[3] - view[1]
     scale = SIDE / max(width, height)
@@ -114,15 +120,18 @@ def _faded(image: Image.Image) -> np.ndarray:
     return pixels * (1 - FADE) + FADE
 
 
-def _draw(plt: Any, axes: Any, look: Look, pixels: np.ndarray, view: Sequence[float], strongest: float) -> Any:
+def _draw(plt: Any, axes: Any, look: Look, pixels: np.ndarray, view: View, strongest: float) -> Any:
     """Draw one panel; return the points."""
+    from matplotlib.colors import PowerNorm
+
+    norm = PowerNorm(0.5, 0, strongest)  # most weights are small: a root in the scale tells them apart
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0), interpolation="nearest" if width < 400 else "antialiased")
     weights = look.weights.ravel()
     order = weights.argsort(kind="stable")  # the strongest on top
     x, y = look.locations.reshape(-1, 2)[order].T
     points = axes.scatter(
-        x, y, c=weights[order], s=11, cmap=COLOURS, vmin=0, vmax=strongest, edgecolors="black", linewidths=0.3, zorder=3
+        x, y, c=weights[order], s=11, cmap=COLOURS, norm=norm, edgecolors="black", linewidths=0.3, zorder=3
     )
     if len(look.reference) == 4:
         cx, cy, w, h = look.reference
@@ -141,7 +150,12 @@ def _draw(plt: Any, axes: Any, look: Look, pixels: np.ndarray, view: Sequence[fl
     return points
 
 
-def _title(look: Look, titles: Titles, whole: Sequence[float]) -> str:
+def _frame(plt: Any, view: View) -> Any:
+    """Return the outline of the closer view."""
+    return plt.Rectangle(view[:2], view[2] - view[0], view[3] - view[1], fill=False, color="0.15", linewidth=0.7)
+
+
+def _title(look: Look, titles: Titles, whole: View) -> str:
     """Return the title of a panel: layer, class and score, and how much attention leaves the picture."""
     x, y = look.locations[..., 0], look.locations[..., 1]
     outside = (x < 0) | (y < 0) | (x > whole[2]) | (y > whole[3])
