@@ -112,14 +112,19 @@ class Assignments:
     ) -> list[Path]:
         """Store the pairs of this evaluation in `folder` and draw them; a collective.
 
-        Only the main process writes. What cannot be written or drawn (no matplotlib, a full disk) is told and left out:
-        the training goes on.
+        Only the main process writes. What cannot be found, written or drawn (no matplotlib, a full disk) is told and
+        left out: the training goes on.
 
         Returns:
             the pictures.
         """
-        with autocast:
-            found = self.look(model, epoch, device)
+        try:
+            with autocast:
+                found = self.look(model, epoch, device)
+        except Exception as error:  # any: a picture is not worth a training
+            if dist.is_distributed():
+                raise  # the other processes wait in a collective that this one has left
+            return self._give_up(error)
         if not dist.is_main():
             return []
         try:
@@ -129,9 +134,13 @@ class Assignments:
             with isolated_rng():
                 return [self._draw(pairs, folder) for pairs in found]
         except Exception as error:  # any: an error on this process alone would leave the others waiting for it
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            dist.info(f"no pictures of assignments: {kind}{error}")
-            return []
+            return self._give_up(error)
+
+    @staticmethod
+    def _give_up(error: Exception) -> list[Path]:
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        dist.info(f"no pictures of assignments: {kind}{error}")
+        return []
 
     def _draw(self, pairs: Pairs, folder: Path) -> Path:
         from util.assignment_plot import draw_assignment

@@ -163,7 +163,7 @@ def _title(look: Look, titles: Titles, whole: View) -> str:
     words = [f"layer {look.layer}"]
     if look.label >= 0:
         words[0] += f": {titles.class_names[look.label]} {look.score:.2f}"
-    return ", ".join(words + [f"{100 * share:.0f} % outside"] * (share >= 0.005))
+    return ", ".join(words + [f"{100 * share:.0f} % of the weight outside"] * (share >= 0.005))
 
 
 def _marks(plt: Any, look: Look) -> list[Any]:

@@ -56,6 +56,7 @@ class _Call:
     reference: Tensor  # (B, Q, levels, 2 or 4) in 0..1 of each padded level
     shapes: Sequence[tuple[int, int]]
 
+    @torch.no_grad()
     def of(self, image: int, slots: Sequence[int], memory: Memory, size: tuple[float, float]) -> list[dict]:
         """Return locations, weights and reference of some queries of an image, as `Look` has them.
 
@@ -82,6 +83,7 @@ class Watched:
     encoder: list[_Call] = field(default_factory=list)  # by layer
     decoder: list[_Call] = field(default_factory=list)
 
+    @torch.no_grad()
     def queries(
         self,
         output: DetectorOutput,
@@ -105,8 +107,8 @@ class Watched:
         columns = []
         for layer in layers:
             found = supervised.predictions.select_layers([layer - 1])
-            scores, labels = found.logits[0, image].float().sigmoid().cpu().max(-1)
-            boxes = (cxcywh_to_xyxy(found.boxes[0, image].float().cpu()) * scale).numpy()
+            scores, labels = found.logits[0, image].detach().float().sigmoid().cpu().max(-1)
+            boxes = (cxcywh_to_xyxy(found.boxes[0, image].detach().float().cpu()) * scale).numpy()
             own = self.decoder[layer - 1].of(image, slots, self.memory, size)
             said = [(boxes[q], float(scores[q]), int(labels[q])) for q in queries]
             columns.append([Look(layer, **look, box=b, score=s, label=c) for look, (b, s, c) in zip(own, said)])
