@@ -18,14 +18,17 @@ SIDE = 2.5  # inches of the longer side of a panel
 IMAGE = 4.2  # inches of the image with its objects
 LABEL = 0.6  # inches of the names of groups
 FADE = 0.6  # share of white over the image, so that boxes stand out
-THICK, THIN = 2.2, 1.1  # lines of objects and of queries
+THICK, DASHED, THIN = 2.2, 1.6, 1.1  # lines of objects in the image and in panels, and of queries
+DASHES = (0, (2.5, 1.5))
+PROPOSALS = ("encoder", "interm")  # beginnings of the names of sets that are not decoded
 
 
 def draw_assignment(pairs: Pairs, image: Image.Image, names: Sequence[str], path: Path) -> Path:
     """Write the image with its objects, and beside it a row for each group of queries and a panel for each layer.
 
-    Every object has a colour. In a panel it is dashed, and the boxes that its queries predict on this layer are drawn
-    with thin lines of its colour, paler where a pair weighs less.
+    Every object has a colour. In a panel it is dark and dashed, and the boxes that its queries predict on this layer
+    are drawn with thin lines of its colour, paler where a pair weighs less. Titles tell how many queries learn an
+    object, the mean IoU of their boxes with it, and how many objects have other queries than on the layer before.
 
     Args:
         pairs: of the image.
@@ -60,7 +63,7 @@ def draw_assignment(pairs: Pairs, image: Image.Image, names: Sequence[str], path
 
 def _row_label(pairs: Pairs, group: int) -> str:
     name, noun = str(pairs.groups[group]), "queries"
-    if name.startswith("encoder"):
+    if name.startswith(PROPOSALS):
         noun = "proposals"
     fixed = "\npairs are fixed" if pairs.ready[group] else ""
     return f"{name}\n{pairs.queries[group]} {noun}{fixed}"
@@ -76,12 +79,12 @@ def _draw_panel(
     chosen = pairs.of(name, layer)
     strongest = np.zeros(len(pairs.labels))
     np.maximum.at(strongest, pairs.object[chosen], pairs.weight[chosen])
-    for box, colour in zip(pairs.boxes, colours):
-        _box(axes, box, (width, height), color=colour, linewidth=THICK, linestyle=(0, (2, 1.2)), alpha=0.9)
     for i in chosen:
         share = pairs.weight[i] / strongest[pairs.object[i]]
         _box(axes, pairs.box[i], (width, height), color="white", linewidth=THIN + 0.8, alpha=0.5 * share)
         _box(axes, pairs.box[i], (width, height), color=colours[pairs.object[i]], linewidth=THIN, alpha=float(share))
+    for box, colour in zip(pairs.boxes, colours):  # on top, or many boxes would hide them
+        _box(axes, box, (width, height), color=_dark(colour), linewidth=DASHED, linestyle=DASHES)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.set_xticks([])
@@ -92,11 +95,12 @@ def _draw_panel(
 def _panel_title(pairs: Pairs, group: int, layer: int, chosen: np.ndarray) -> str:
     """Return how many queries learn, how near they are, and how many objects others had on the layer before."""
     name = str(pairs.groups[group])
-    lines = ["proposals" if name.startswith("encoder") else f"layer {layer}"]
+    lines = ["proposals" if name.startswith(PROPOSALS) else f"layer {layer}"]
     if not len(chosen):
         return f"{lines[0]}\nno query learns an object"
     queries = len(set(pairs.query[chosen]))
-    lines[0] += f": {queries} quer{'y' if queries == 1 else 'ies'}, IoU {pairs.iou[chosen].mean():.2f}"
+    noun = "" if name.startswith(PROPOSALS) else " query" if queries == 1 else " queries"
+    lines[0] += f": {queries}{noun}, IoU {pairs.iou[chosen].mean():.2f}"
     missing = len(pairs.labels) - len(set(pairs.object[chosen]))
     notes = [f"{missing} without a query"] * (missing > 0)
     if layer > 1 and not pairs.ready[group] and len(pairs.of(name, layer - 1)):
@@ -125,11 +129,15 @@ def _draw_objects(
     axes.set_anchor("N")
     axes.set_title(f"image {pairs.image_id}, epoch {pairs.epoch + 1}", fontsize=10)
     marks = [
-        Line2D([], [], color="0.3", linewidth=THICK, linestyle=(0, (2, 1.2)), label="object"),
-        Line2D([], [], color="0.3", linewidth=THIN, label="box of a query that learns it"),
+        Line2D([], [], color=_dark(colours[0]), linewidth=DASHED, linestyle=DASHES, label="object"),
+        Line2D([], [], color=colours[0], linewidth=THIN, label="box that a query which learns it predicts"),
     ]
     where = {"loc": "upper left", "bbox_to_anchor": (0, -0.01), "borderaxespad": 0}
     axes.legend(handles=marks, fontsize=8, frameon=False, **where)
+
+
+def _dark(colour: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(0.6 * channel for channel in colour)
 
 
 def _box(axes: Any, box: np.ndarray, size: tuple[int, int], **style: Any) -> None:
