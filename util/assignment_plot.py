@@ -130,7 +130,7 @@ def _draw_objects(
     axes.set_title(f"image {pairs.image_id}, epoch {pairs.epoch + 1}", fontsize=10)
     marks = [
         Line2D([], [], color=_dark(colours[0]), linewidth=DASHED, linestyle=DASHES, label="object"),
-        Line2D([], [], color=colours[0], linewidth=THIN, label="box that a query which learns it predicts"),
+        Line2D([], [], color=colours[0], linewidth=THIN, label="box of a query that learns it"),
     ]
     where = {"loc": "upper left", "bbox_to_anchor": (0, -0.01), "borderaxespad": 0}
     axes.legend(handles=marks, fontsize=8, frameon=False, **where)
