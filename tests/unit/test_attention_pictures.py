@@ -67,6 +67,19 @@ def test_without_offsets_all_points_are_at_the_reference_point(flags: str) -> No
             np.testing.assert_allclose(look.weights, 1 / look.weights[0].size, rtol=1e-5)
 
 
+@pytest.mark.parametrize("flags", MODELS)
+def test_numbers_of_every_model_can_be_stored(flags: str) -> None:
+    looks = looks_of(tiny_detector(flags))
+    found = arrays(looks, SIZE)
+    starts_as_box = "two_stage" in flags or "query_pos" in flags
+    later_a_box = "refine" in flags
+    for layer, box in enumerate((starts_as_box, later_a_box)):
+        assert np.isnan(found["reference"][:, layer, 2:]).all() != box
+    for row, own in zip(looks, found["reference"]):
+        for look, reference in zip(row, own):
+            assert reference[: len(look.reference)].tolist() == look.reference.tolist()
+
+
 def test_the_reference_point_of_a_fixed_query_is_that_of_the_model_in_pixels() -> None:
     model = tiny_detector()
     pos = model.query_embed.weight[5, :32]
@@ -299,7 +312,7 @@ def test_a_run_draws_the_best_queries_of_the_first_images(weights, tmp_path) -> 
         assert found["locations"].shape == (1, 2, 2, 3, 4, 2)
         assert found["labels"].shape == (1, 2) and found["size"].tolist() == [64, 64]
     with np.load(tmp_path / "attention" / "image_2_pixel_10_20.5_encoder_layer_1.npz") as found:
-        assert found["reference"].tolist()[0] == [[12.0, 20.0]]  # the centre of the cell of stride 8
+        assert found["reference"][0, :, :2].tolist() == [[12.0, 20.0]]  # the centre of the cell of stride 8
         assert found["weights"].shape == (3, 1, 2, 3, 4) and "boxes" not in found
 
 
@@ -342,7 +355,7 @@ def test_files_are_drawn_without_a_data_set(weights, tmp_path, capsys) -> None:
     assert names == ["photo_1_query_0_layers_1-2.npz", "photo_2_query_0_layers_1-2.npz"]
     with np.load(tmp_path / "out" / "attention" / names[0]) as found:
         assert found["size"].tolist() == [50, 90]
-        assert (found["reference"] < [90, 50]).all()
+        assert (found["reference"][..., :2] < [90, 50]).all()
     assert analyse(weights, tmp_path / "out", f"--attention_images {tmp_path}/text.jpg") == 2
     assert "text.jpg cannot be read as an image" in capsys.readouterr().err
 
@@ -357,4 +370,6 @@ def test_the_pictures_of_a_photograph_are_in_its_pixels(weights, tmp_path, share
     for numbers in found:
         assert numbers["size"].tolist() == [height, width]
         assert (numbers["reference"][..., :2] > 0).all() and (numbers["reference"][..., :2] < [width, height]).all()
-    assert np.abs(found[0]["reference"][0, 0] - [100, 50]).max() < 8 * height / 128  # half a cell is 4 pixels of input
+    assert (
+        np.abs(found[0]["reference"][0, 0, :2] - [100, 50]).max() < 8 * height / 128
+    )  # half a cell is 4 pixels of input

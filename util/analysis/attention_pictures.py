@@ -8,7 +8,7 @@ for the token of each level. In an .npz file Q is 1 for a query and the number o
     locations   (Q, L, heads, levels, points, 2) x and y in pixels of the image file, its corner at (0, 0)
     weights     (Q, L, heads, levels, points), sum 1 over levels and points
     head, level (heads, levels, points) number of the head, from 0, and of the level, from 0, the finest
-    reference   (Q, L, 2 or 4) point, or box cxcywh, that the sampling starts from, pixels
+    reference   (Q, L, 4) box cxcywh that the sampling starts from, pixels; width and height are nan for a point
     boxes       (Q, L, 4) xyxy predicted by the layer, pixels; scores and labels (Q, L); queries only
     size        (2,) height and width of the image file
 """
@@ -130,7 +130,12 @@ def arrays(rows: Sequence[Sequence[Look]], size: tuple[float, float]) -> dict[st
 
     one = rows[0][0]
     head, level = np.indices(one.weights.shape)[:2]
-    found = {name: stack(name) for name in ("locations", "weights", "reference")}
+    found = {name: stack(name) for name in ("locations", "weights")}
+    # Fixed queries begin as points and are boxes from the second layer on, if boxes are refined.
+    padded = [
+        [np.pad(look.reference, (0, 4 - len(look.reference)), constant_values=np.nan) for look in row] for row in rows
+    ]
+    found["reference"] = np.array(padded)
     if one.box is not None:
         found |= {"boxes": stack("box"), "scores": stack("score"), "labels": stack("label")}
     return found | {

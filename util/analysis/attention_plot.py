@@ -84,7 +84,7 @@ def draw_looks(rows: Sequence[Sequence[Look]], image: Image.Image, titles: Title
     bar.ax.tick_params(labelsize=7)
     bar.set_label("attention weight", fontsize=8)
     figure.suptitle(titles.figure, fontsize=9)
-    figure.legend(handles=_marks(plt, rows[0][0]), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    figure.legend(handles=_marks(plt, rows[0]), loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     figure.savefig(path, dpi=DPI)
     plt.close(figure)
     return path
@@ -166,14 +166,14 @@ def _title(look: Look, titles: Titles, whole: View) -> str:
     return ", ".join(words + [f"{100 * share:.0f} % of the weight outside"] * (share >= 0.005))
 
 
-def _marks(plt: Any, look: Look) -> list[Any]:
+def _marks(plt: Any, looks: Sequence[Look]) -> list[Any]:
     from matplotlib.lines import Line2D
 
     cross = {"linestyle": "", "marker": "+", "markersize": 8, "markeredgewidth": 1.8}
     marks = [Line2D([], [], color=CROSS, label="reference point", **cross)]
-    if len(look.reference) == 4:
+    if any(len(look.reference) == 4 for look in looks):
         marks.append(Line2D([], [], color=REFERENCE, linewidth=1.0, linestyle=":", label="reference box"))
-    if look.box is not None:
+    if looks[0].box is not None:
         marks.append(Line2D([], [], color=BOX, linewidth=1.5, label="box of the layer"))
     dot = {"linestyle": "", "marker": "o", "markersize": 4, "markeredgewidth": 0.3, "markeredgecolor": "black"}
     marks.append(Line2D([], [], color=plt.get_cmap(COLOURS)(0.6), label="sampling point (all heads and levels)", **dot))
