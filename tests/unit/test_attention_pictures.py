@@ -273,6 +273,19 @@ def test_points_are_drawn_at_their_pixels_with_the_colour_of_their_weight(tmp_pa
     assert path.stat().st_size > 5000
 
 
+def test_every_layer_has_a_panel_and_a_closer_one(tmp_path, monkeypatch) -> None:
+    import matplotlib.axes
+
+    titles = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_title", lambda axes, text, **style: titles.append(text))
+    points = np.array([[20.0, 30.0], [40.0, 40.0], [300.0, 40.0]])
+    looks = [look_at(np.repeat(points, (20, 20, 1), axis=0), layer) for layer in (1, 2, 3, 4)]
+    draw_looks([looks], Image.new("RGB", (200, 100)), Titles("t"), tmp_path / "a.png")
+    outside = "3 % of the weight outside"  # the weights rise evenly from 1 to 2: the last one is 2 of 61.5
+    layers = [f"layer {layer}, {outside}" for layer in (1, 2, 3, 4)]
+    assert [text for text in titles if text] == [*layers[:3], *["closer"] * 3, layers[3], "closer"]
+
+
 def test_numbers_have_a_place_for_every_point() -> None:
     found = arrays([[look_at(np.ones((4, 2)), layer) for layer in (1, 3)]], (10, 20))
     assert found["locations"].shape == (1, 2, 1, 1, 4, 2) and found["weights"].shape == (1, 2, 1, 1, 4)

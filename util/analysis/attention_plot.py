@@ -16,7 +16,7 @@ from util.plot import _pyplot
 DPI = 150
 SIDE = 3.0  # inches of the longer side of a panel
 BAR = 0.8  # inches of the scale of colours and the names of rows
-COLUMNS = 6  # most panels side by side
+COLUMNS, OF_MANY = 3, 6  # most panels side by side, of a single query so that it fits a page, and of several
 FADE = 0.35  # share of white over the image, so that points stand out
 ZOOM_BELOW = 0.4  # a second view is drawn where the points fill a smaller share of the image's longer side
 MARGIN = 0.25  # of that view, as a share of what it shows
@@ -55,8 +55,9 @@ def draw_looks(rows: Sequence[Sequence[Look]], image: Image.Image, titles: Title
     whole = (0.0, 0.0, float(image.width), float(image.height))
     views: list[tuple[Sequence[Look], View, bool]] = []
     close = close_view(rows[0], whole) if len(rows) == 1 else None
+    most = COLUMNS if len(rows) == 1 else OF_MANY
     for looks in rows:
-        parts = [looks[i : i + COLUMNS] for i in range(0, len(looks), COLUMNS)]
+        parts = [looks[i : i + most] for i in range(0, len(looks), most)]
         for part in parts:
             views += [(part, whole, True)] + ([(part, close, False)] if close else [])
     columns = max(len(looks) for looks, _, _ in views)
