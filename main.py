@@ -19,6 +19,7 @@ from util import dist
 from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
+from util.assignments import Assignments
 from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint, stored_args
 from util.commands import chosen_command
 from util.correspondence import Correspondences
@@ -105,6 +106,7 @@ def run(args: Namespace) -> int | None:
         curves=args.eval_curves,
         confusion_score=args.confusion_score,
         correspondences=Correspondences(criterion, val_set, watched) if watched else None,
+        assignments=Assignments(criterion, val_set, args.plot_assignment) if args.plot_assignment else None,
     )
     if args.analyse:
         run_analysis(args, model, criterion, evaluation.loader, device, checkpoint, output_dir)
@@ -247,10 +249,10 @@ def evaluate_checkpoint(
     if evaluation.criterion is not None and not load_criterion(evaluation.criterion, content, name):
         dist.info(f"{name} holds no learned matcher: evaluated without losses")
         evaluation.criterion = None
-    watched = evaluation.correspondences
+    watched = evaluation.correspondences or evaluation.assignments
     if watched is not None and not load_criterion(watched.criterion, content, name):
         raise UserError(
-            f"--plot_correspondence: {name} holds no learned matcher; give a checkpoint of the training, not one of "
+            f"{watched.flag}: {name} holds no learned matcher; give a checkpoint of the training, not one of "
             "weights only as checkpoint_best.pth"
         )
     ema = ModelEma(model, args.ema_decay) if args.use_ema else None

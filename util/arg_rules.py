@@ -9,6 +9,7 @@ from util.data_args import data_check_rules
 from util.errors import UserError
 from util.idle_flags import class_target, idle_flags
 from util.infer_args import infer_rules
+from util.picture_args import picture_rules
 from util.report_args import report_rules
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
@@ -37,7 +38,7 @@ Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
 
 def _rules(a: argparse.Namespace) -> Rules:
     parts = [_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules]
-    parts += [infer_rules, data_check_rules, report_rules]
+    parts += [infer_rules, data_check_rules, report_rules, picture_rules]
     return [rule for part in parts for rule in part(a)]
 
 

@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "overfit_batch": ("util.overfit", "overfit_command"),
     "plot": ("util.plot", "plot_command"),
     "report": ("util.report", "report_command"),
+    "attention_images": ("util.analysis.image_files", "attention_of_files"),
 }
 
 

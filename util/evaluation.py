@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from datasets.eval_backends import find_backend
 from datasets.evaluators import CocoEvaluator
 from util import dist
+from util.assignments import Assignments
 from util.correspondence import Correspondences
 from util.engine import StepSettings, evaluate
 from util.eval_curves import eval_curves, write_eval_curves
@@ -42,6 +43,7 @@ class Evaluation:
     curves: bool = False  # precision-recall curves and confusion matrix of the last evaluation
     confusion_score: float | None = None  # threshold of that matrix; None: the one of the best mean F1
     correspondences: Correspondences | None = None  # what a learned matcher makes of some images
+    assignments: Assignments | None = None  # which queries learn which objects of some images
     flips: dict[str, Flips] = field(default_factory=dict)  # of the weights and of their average
 
     def __post_init__(self) -> None:
@@ -68,6 +70,9 @@ class Evaluation:
         entry = self._one(model, "test_", epoch, self._arrays(epoch, final), curves)
         if self.correspondences is not None:
             self.correspondences.finish(epoch, self.output_dir / f"correspondence{'_eval' * final}")
+        if self.assignments is not None:
+            folder = self.output_dir / f"assignment{'_eval' * final}"
+            self.assignments.finish(model, epoch, folder, self.device, self.settings.autocast(self.device))
         if ema is not None:
             entry.update(self._one(ema.module, "ema_test_", epoch, [], curves))
         return entry
