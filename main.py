@@ -19,6 +19,7 @@ from util import dist
 from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
+from util.assignments import Assignments
 from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint, stored_args
 from util.commands import chosen_command
 from util.correspondence import Correspondences
@@ -38,13 +39,13 @@ __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Run the command line; return 0, 1 if a test failed, 2 after a mistake of the user, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
     if args.infer:
         args.given_flags = given_flags(get_args_parser(), argv)  # only what was given wins over the checkpoint
     try:
         check_args(args)
-        run(args)
+        return run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -54,14 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         dist.shutdown()
-    return 0
 
 
-def run(args: Namespace) -> None:
-    """Build everything, then train, evaluate or analyse; or do what another command says."""
+def run(args: Namespace) -> int | None:
+    """Build everything, then train, evaluate or analyse; or do what another command says, and return what it does."""
     if (command := chosen_command(args)) is not None:
-        command(args)
-        return
+        return command(args)
     device = dist.init_distributed_mode(args.device, args.local_rank, args.dist_timeout)
     output_dir = prepare_output_dir(args.output_dir)
     try:
@@ -104,7 +103,10 @@ def run(args: Namespace) -> None:
         topk=args.topk,
         evaluator=args.evaluator,
         draw=args.draw,
+        curves=args.eval_curves,
+        confusion_score=args.confusion_score,
         correspondences=Correspondences(criterion, val_set, watched) if watched else None,
+        assignments=Assignments(criterion, val_set, args.plot_assignment) if args.plot_assignment else None,
     )
     if args.analyse:
         run_analysis(args, model, criterion, evaluation.loader, device, checkpoint, output_dir)
@@ -211,8 +213,9 @@ def finish_epoch(args: Namespace, evaluation: Evaluation, state: TrainState, log
     """Evaluate if it is time, write the line of the log, keep the best weights."""
     entry: dict[str, Any] = {f"train_{name}": value for name, value in state.train_stats.items()}
     done = state.epoch + 1
-    if done % args.eval_every == 0 or done >= args.epochs:
-        entry |= evaluation.run(state.model, state.ema, state.epoch)
+    last = done >= args.epochs
+    if done % args.eval_every == 0 or last:
+        entry |= evaluation.run(state.model, state.ema, state.epoch, last=last)
     entry |= {"epoch": state.epoch, "n_parameters": count_parameters(state.model)}
     best = best_result([entry], state.best)
     if best != state.best:
@@ -246,10 +249,10 @@ def evaluate_checkpoint(
     if evaluation.criterion is not None and not load_criterion(evaluation.criterion, content, name):
         dist.info(f"{name} holds no learned matcher: evaluated without losses")
         evaluation.criterion = None
-    watched = evaluation.correspondences
+    watched = evaluation.correspondences or evaluation.assignments
     if watched is not None and not load_criterion(watched.criterion, content, name):
         raise UserError(
-            f"--plot_correspondence: {name} holds no learned matcher; give a checkpoint of the training, not one of "
+            f"{watched.flag}: {name} holds no learned matcher; give a checkpoint of the training, not one of "
             "weights only as checkpoint_best.pth"
         )
     ema = ModelEma(model, args.ema_decay) if args.use_ema else None

@@ -6,14 +6,13 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from datasets.annotations import mend_coco, pack, read_coco
 from datasets.base import DetectionDataset
-from datasets.decode import decode_rgb
+from datasets.files import ImageFiles
 from datasets.transforms import has_area, keep_objects
 from util.dist import info
 from util.errors import UserError
@@ -62,61 +61,24 @@ class CocoDetection(DetectionDataset):
         raw = category_ids == "raw" or (category_ids == "auto" and set(categories) == COCO_IDS)
         self.set_classes(categories, raw=raw, num_classes=num_classes)
         entries = sorted(data["images"], key=lambda image: image["id"])
-        self.image_ids = [image["id"] for image in entries]
-        self._names = np.asarray([image["file_name"] for image in entries], dtype=np.str_)
-        self._sizes = np.asarray([(image.get("height") or 0, image.get("width") or 0) for image in entries], np.int64)
+        self.files = ImageFiles(self.folder, entries, self.path)
+        self.image_ids = self.files.ids
         labels = {category_id: label for label, category_id in enumerate(self.category_ids) if category_id >= 0}
-        self._packed, more = pack(data, self.image_ids, labels, self.path, masks_for)
+        self._packed, more = pack(data, self.image_ids, labels, self.path, masks_for=masks_for)
         self._encoded: dict[int, bytes] = {}
         for note in notes + more:
             info(note)
-        if entries and not self._file(0).is_file():
-            raise UserError(f"{self._missing(0)}; is {self.folder} the right folder? It is given by {flags[0]}")
-
-    def _file(self, index: int) -> Path:
-        return self.folder / str(self._names[index])
-
-    def _missing(self, index: int) -> str:
-        return f"image file {self._file(index)} (image id {self.image_ids[index]} of {self.path}) does not exist"
-
-    def _unreadable(self, index: int, error: Exception) -> UserError:
-        return UserError(
-            f"image file {self._file(index)} (image id {self.image_ids[index]}) cannot be read: {error}; "
-            "replace it or take it out of the annotation file"
-        )
-
-    def _bytes(self, index: int) -> bytes:
-        try:
-            return self._file(index).read_bytes()
-        except FileNotFoundError as error:
-            raise UserError(f"{self._missing(index)}; restore it or take it out of the annotation file") from error
-        except OSError as error:
-            raise self._unreadable(index, error) from error
+        if entries:
+            self.files.check_folder(flags[0])
 
     def cache(self, indices: Iterable[int]) -> None:
         """Read these image files into memory, still encoded; forked workers share the pages."""
-        self._encoded = {index: self._bytes(index) for index in indices}
+        self._encoded = {index: self.files.read(index) for index in indices}
         gigabytes = sum(map(len, self._encoded.values())) / 1e9
         info(f"{self.folder}: {len(self._encoded)} encoded images kept in memory, {gigabytes:.2f} GB in this process")
 
-    def _pixels(self, index: int) -> Tensor:
-        """Return image `index` as uint8 RGB (3, h, w), in the size of the file."""
-        content = self._encoded.get(index) or self._bytes(index)
-        try:
-            image = decode_rgb(content)
-        except Exception as error:  # a decoder may raise anything over a broken file
-            raise self._unreadable(index, error) from error
-        noted, (height, width) = tuple(self._sizes[index].tolist()), image.shape[1:]
-        if all(noted) and noted != (height, width):
-            raise UserError(
-                f"image file {self._file(index)} (image id {self.image_ids[index]}) is {width} x {height}, "
-                f"the annotation file says {noted[1]} x {noted[0]}: its boxes would be wrong. Was it resized, or "
-                "turned by its EXIF tag, after it was annotated? Mend the file or its entry"
-            )
-        return image
-
     def load(self, index: int) -> tuple[Tensor, dict]:
-        image = self._pixels(index)
+        image = self.files.decode(index, self._encoded.get(index) or self.files.read(index))
         size = height, width = tuple(image.shape[1:])
         rows = slice(self._packed.first[index], self._packed.first[index + 1])
         corners = torch.from_numpy(self._packed.boxes[rows].copy())
@@ -146,18 +108,7 @@ class CocoDetection(DetectionDataset):
 
 def build_coco(image_set: str, args: argparse.Namespace, *, transforms: nn.Module) -> CocoDetection:
     """Return the `train` or `val` set of `--coco_path`, or the one that `--{train,val}_images` and `_json` name."""
-    part = "train" if args.eval_in_training_set else image_set
-    images, annotations = getattr(args, f"{part}_images"), getattr(args, f"{part}_json")
-    flags = (f"--{part}_images", f"--{part}_json")
-    if not annotations:
-        root = Path(args.coco_path)
-        if not root.is_dir():
-            raise UserError(
-                f"--coco_path {root} is not a folder; it must hold train2017/, val2017/ and annotations/. For any "
-                f"other layout give {flags[0]} FOLDER and {flags[1]} FILE; --dataset_file synthetic needs no files"
-            )
-        images, annotations = root / f"{part}2017", root / "annotations" / f"instances_{part}2017.json"
-        flags = ("--coco_path", "--coco_path")
+    images, annotations, flags = coco_files(image_set, args)
     return CocoDetection(
         images,
         annotations,
@@ -168,3 +119,23 @@ def build_coco(image_set: str, args: argparse.Namespace, *, transforms: nn.Modul
         masks_for=MASKS_FOR_PASTING if args.copy_paste and image_set == "train" else "",
         flags=flags,
     )
+
+
+def coco_files(image_set: str, args: argparse.Namespace) -> tuple[Path, Path, tuple[str, str]]:
+    """Return the image folder and the annotation file of the `train` or `val` set, and the flags that named them.
+
+    Raises:
+        UserError: `--coco_path` is needed and is no folder.
+    """
+    part = "train" if args.eval_in_training_set else image_set
+    images, annotations = getattr(args, f"{part}_images"), getattr(args, f"{part}_json")
+    flags = (f"--{part}_images", f"--{part}_json")
+    if annotations:
+        return Path(images), Path(annotations), flags
+    root = Path(args.coco_path)
+    if not root.is_dir():
+        raise UserError(
+            f"--coco_path {root} is not a folder; it must hold train2017/, val2017/ and annotations/. For any "
+            f"other layout give {flags[0]} FOLDER and {flags[1]} FILE; --dataset_file synthetic needs no files"
+        )
+    return root / f"{part}2017", root / "annotations" / f"instances_{part}2017.json", ("--coco_path", "--coco_path")

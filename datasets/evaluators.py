@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from datasets.base import DetectionDataset
-from datasets.eval_backends import MAX_DETECTIONS, NOTHING, Evaluated, as_entries, find_backend
+from datasets.eval_backends import MAX_DETECTIONS, NOTHING, Evaluated, Results, as_entries, find_backend
 from util import dist
+from util.errors import UserError
 from util.structures import Detections, Target
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -145,6 +146,30 @@ class CocoEvaluator:
             lines.append(f"{row.name:<{width}} {row.objects:>8} {numbers}")
         return "\n".join(lines)
 
+    @property
+    def rows(self) -> Results:
+        """The detections by image id, the best first; after `synchronize` those of all processes."""
+        return self._results
+
+    def load(self, path: str | Path) -> None:
+        """Take the detections of an earlier evaluation, from its `results.json`, in place of those at hand.
+
+        Raises:
+            UserError: no such list, or of images or categories that this data set does not have.
+        """
+        self.reset()
+        rows: dict[int, list[list[float]]] = {}
+        try:
+            for entry in json.loads(Path(path).read_text()):
+                row = [*entry["bbox"], entry["score"], entry["category_id"]]
+                rows.setdefault(entry["image_id"], []).append(row)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path} is no COCO results list ({error!r}): evaluate again") from error
+        used = {int(row[-1]) for own in rows.values() for row in own}
+        if not (self._image_ids.issuperset(rows) and used <= set(self.dataset.category_ids) - {-1}):
+            raise UserError(f"{path} has images or categories that the data set does not have: it is of other data")
+        self._results = {i: _best_first(np.asarray(own, dtype=np.float64)) for i, own in rows.items()}
+
     def results(self) -> list[dict]:
         """Return the detections as a COCO results list, images in ascending order of their id."""
         return as_entries(self._results)
@@ -181,6 +206,10 @@ def _to_host(detections: list[Detections]) -> np.ndarray:
     dtype = torch.promote_types(torch.promote_types(boxes.dtype, scores.dtype), torch.float32)
     columns = torch.cat([part.to(dtype) for part in (boxes, scores[:, None], labels[:, None])], dim=1)
     return columns.detach().cpu().double().numpy()
+
+
+def _best_first(rows: np.ndarray) -> np.ndarray:
+    return rows[np.argsort(-rows[:, 4], kind="stable")]
 
 
 def _split(rows: np.ndarray, counts: Sequence[int] | np.ndarray) -> list[np.ndarray]:

@@ -44,6 +44,17 @@ def loss_name(term: str, set_name: str, layer: int, last: int) -> str:
 
 
 @dataclass
+class Taught:
+    """The pairs of one supervision of one set."""
+
+    name: str  # of the set
+    supervision: Supervision
+    layers: list[int]  # the taught ones
+    # Unlike elsewhere, `layer` is the number of the layer in the decoder; slots count in the set.
+    assignment: Assignment
+
+
+@dataclass
 class _Job:
     """One supervision of one set."""
 
@@ -154,6 +165,17 @@ class Criterion(nn.Module):
         terms = {name: value.detach() for name, value in values.items()}
         return LossReport(total, terms, weights, None if self.training else _chosen(batches))
 
+    @torch.no_grad()
+    def pairs(self, output: DetectorOutput, targets: list[Target], time: float | None = None) -> list[Taught]:
+        """Return which slots would learn which objects, as `forward` decides it, without any loss.
+
+        Args:
+            output, targets, time: as in `forward`.
+        """
+        batches = self._batches(output, targets)
+        self._assign(batches, time)
+        return [_taught(batch, job) for batch in batches for job in batch.jobs]
+
     def _batches(self, output: DetectorOutput, targets: list[Target]) -> list[_Batch]:
         """Return all supervisions, those of one stack together."""
         flat = FlatTargets.of(targets)
@@ -260,6 +282,14 @@ def _chosen(batches: list[_Batch]) -> Tensor | None:
                 slots = chosen_slots(job.assignment, batch.layers.index(job.last), job.targets)
                 return torch.where(slots < 0, slots, slots - job.slots.start)
     return None
+
+
+def _taught(batch: _Batch, job: _Job) -> Taught:
+    """Return the pairs of a job, which count in the stack of its batch, as pairs of its set."""
+    own = job.assignment
+    number = torch.tensor(batch.layers, device=own.layer.device)[own.layer]
+    counted = replace(own, layer=number, slot=own.slot - job.slots.start)
+    return Taught(job.name, job.supervision, job.layers, counted)
 
 
 def _add(values: dict[str, Tensor], weights: dict[str, float], name: str, value: Tensor, weight: float) -> None:

@@ -16,7 +16,8 @@ FLAGS = (
     "--device cpu --dataset_file synthetic --synthetic_train 16 --synthetic_val 5 --synthetic_size 64 64 "
     "--augment flip --test_size 0 --num_workers 0 --backbone resnet18 --backbone_weights none --hidden_dim 32 "
     "--nheads 2 --enc_layers 1 --dec_layers 1 --dim_feedforward 32 --num_queries 8 --num_feature_levels 3 "
-    "--batch_size 2 --epochs 2 --lr 0.001 --draw 0 --print_freq 1 --no-tensorboard"
+    "--batch_size 2 --epochs 2 --lr 0.001 --draw 0 --print_freq 1 --no-tensorboard "
+    "--no-eval_curves"
 )
 
 

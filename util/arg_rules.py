@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 
 from util.anchor_args import anchor_rules
+from util.data_args import data_check_rules
 from util.errors import UserError
 from util.idle_flags import class_target, idle_flags
 from util.infer_args import infer_rules
+from util.picture_args import picture_rules
+from util.report_args import report_rules
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
 BRANCH_ONLY = {"one2many_groups": "joint", "one2many_proposals": "rank", "one2many_own": "nothing"}
@@ -34,8 +37,8 @@ Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
 
 
 def _rules(a: argparse.Namespace) -> Rules:
-    parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules)
-    parts += (infer_rules,)
+    parts = [_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules]
+    parts += [infer_rules, data_check_rules, report_rules, picture_rules]
     return [rule for part in parts for rule in part(a)]
 
 
@@ -119,7 +122,9 @@ def _data_rules(a: argparse.Namespace) -> Rules:
         (bool(a.train_images) != bool(a.train_json), "--train_images and --train_json belong together: give both"),
         (bool(a.val_images) != bool(a.val_json), "--val_images and --val_json belong together: give both"),
         (
-            bool(a.train_json) != bool(a.val_json) and not a.eval and not (a.train_json and a.eval_in_training_set),
+            bool(a.train_json) != bool(a.val_json)
+            and not (a.eval or a.check_data or a.overfit_batch)
+            and not (a.train_json and a.eval_in_training_set),
             "--train_json and --val_json belong together: training is evaluated after every epoch",
         ),
         (a.dilation and a.backbone.startswith("swin"), "--dilation is for ResNets: leave it out with a Swin backbone"),

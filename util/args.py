@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 
 from util.anchor_args import add_anchors, add_denoising
+from util.data_args import add_data_checks
 from util.infer_args import add_infer
+from util.picture_args import add_pictures
+from util.report_args import add_reports
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
@@ -28,6 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_run,
         _add_data,
         _add_synthetic,
+        add_data_checks,
         _add_backbone,
         _add_transformer,
         add_queries,
@@ -41,6 +45,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_distributed,
         _add_logging,
         add_infer,
+        add_reports,
+        add_pictures,
     ):
         add(parser)
     return parser
@@ -55,9 +61,10 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--analyse",
         default="",
-        choices=["", "discriminability", "conflict"],
+        choices=["", "discriminability", "conflict", "attention"],
         help="analyse --resume on the validation images and stop: discriminability of encoder and decoder, conflict "
-        "of heads (Co-DETR, section 5 and supplement)",
+        "of heads (Co-DETR, section 5 and supplement); attention: pictures of the sampling points (Deformable-DETR, "
+        "fig. 6)",
     )
     group.add_argument("--analyse_label", default="", help="name in its curves; empty: the folder of --resume")
     group.add_argument(

@@ -1,7 +1,7 @@
 """What `main.py` does besides training, evaluation and analysis: a flag names the command, the rest are its options.
 
-A new command is a function `f(args) -> None` in a file of its own, its flags in a group of `util/args.py`, and one line
-below. Modules are imported when their command is asked for.
+A new command is a function `f(args) -> int | None` (an exit code, None is 0) in a file of its own, its flags in a group
+of `util/args.py`, and one line below. Modules are imported when their command is asked for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from importlib import import_module
 COMMANDS: dict[str, tuple[str, str]] = {
     "strip": ("util.strip", "strip_command"),
     "infer": ("util.infer_command", "infer_command"),
+    "check_data": ("util.check_data", "check_command"),
+    "overfit_batch": ("util.overfit", "overfit_command"),
+    "plot": ("util.plot", "plot_command"),
+    "report": ("util.report", "report_command"),
+    "attention_images": ("util.analysis.image_files", "attention_of_files"),
 }
 
 
-def chosen_command(args: Namespace) -> Callable[[Namespace], None] | None:
+def chosen_command(args: Namespace) -> Callable[[Namespace], int | None] | None:
     """Return the command whose flag is set, None if there is none: then `main.py` trains, evaluates or analyses."""
     for flag in given_commands(args):
         module, function = COMMANDS[flag]

@@ -11,7 +11,7 @@ names of checkpoints) holds the fields of `Snapshot`, for own pictures too:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -72,12 +72,11 @@ class Correspondences:
             cannot collapse onto the query of another; then those with one.
     """
 
+    flag = "--plot_correspondence"  # for messages
+
     def __init__(self, criterion: Criterion, dataset: Any, images: int) -> None:
         self.criterion, self.dataset = criterion, dataset
-        annotated = dataset.coco.imgToAnns
-        objects = {i: sum(not entry["iscrowd"] for entry in annotated[i]) for i in dataset.image_ids}
-        few_last = sorted((i for i in objects if objects[i]), key=lambda i: objects[i] < 2)
-        self.image_ids = few_last[:images]
+        self.image_ids = telling_images(dataset, images)
         self._seen: dict[int, dict[str, Any]] = {}
 
     @torch.no_grad()
@@ -161,6 +160,13 @@ class Correspondences:
         return draw_correspondence(history, image, names, own.with_suffix(".png"))
 
 
+def telling_images(dataset: Any, images: int) -> list[int]:
+    """Return the ids of the first images with two objects or more, then of those with one; `images` at most."""
+    annotated = dataset.coco.imgToAnns
+    objects = {i: sum(not entry["iscrowd"] for entry in annotated[i]) for i in dataset.image_ids}
+    return sorted((i for i in objects if objects[i]), key=lambda i: objects[i] < 2)[:images]
+
+
 def write_snapshot(snapshot: Snapshot, folder: Path) -> Path:
     """Write `epoch_NNNN.npz` into `folder`, which is made; an older file is replaced in one step, never half.
 
@@ -168,17 +174,26 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> Path:
         UserError: it cannot be written.
     """
     path = folder / f"epoch_{snapshot.epoch:04}.npz"
+    write_arrays(asdict(snapshot), path, "--plot_correspondence")
+    return path
+
+
+def write_arrays(arrays: Mapping[str, Any], path: Path, flag: str) -> None:
+    """Write an .npz file, and its folder, in one step; `flag` is named in the error.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            np.savez_compressed(file, **asdict(snapshot))
+            np.savez_compressed(file, **arrays)
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
-        raise UserError(f"--plot_correspondence: cannot write {path}: {error}. Is the disk full?") from error
-    return path
+        raise UserError(f"{flag}: cannot write {path}: {error}. Is the disk full?") from error
 
 
 def read_snapshots(folder: Path) -> list[Snapshot]:

@@ -117,7 +117,7 @@ def train_one_epoch(
             continue
 
         if healthy:
-            _update_weights(state, settings, guard)
+            update_weights(state, settings, guard)
         state.optimizer.zero_grad(set_to_none=True)
         healthy = True
         steps = state.step // settings.grad_accum_steps
@@ -130,7 +130,7 @@ def train_one_epoch(
     return {"lr": lr, **stats, "epoch_time": progress.seconds, "max_memory_mb": max_memory_mb()}
 
 
-def _update_weights(state: TrainState, settings: StepSettings, guard: NonFiniteGuard) -> None:
+def update_weights(state: TrainState, settings: StepSettings, guard: NonFiniteGuard) -> None:
     """Clip, step, average, count.
 
     A criterion with parameters (a learned matcher) is clipped on its own: its early, large gradients would otherwise

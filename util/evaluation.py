@@ -16,8 +16,10 @@ from torch.utils.data import DataLoader
 from datasets.eval_backends import find_backend
 from datasets.evaluators import CocoEvaluator
 from util import dist
+from util.assignments import Assignments
 from util.correspondence import Correspondences
 from util.engine import StepSettings, evaluate
+from util.eval_curves import eval_curves, write_eval_curves
 from util.flips import Flips
 from util.optim import ModelEma
 
@@ -38,7 +40,10 @@ class Evaluation:
     topk: int = 100
     evaluator: str = "auto"
     draw: int = 8  # images drawn
+    curves: bool = False  # precision-recall curves and confusion matrix of the last evaluation
+    confusion_score: float | None = None  # threshold of that matrix; None: the one of the best mean F1
     correspondences: Correspondences | None = None  # what a learned matcher makes of some images
+    assignments: Assignments | None = None  # which queries learn which objects of some images
     flips: dict[str, Flips] = field(default_factory=dict)  # of the weights and of their average
 
     def __post_init__(self) -> None:
@@ -49,20 +54,27 @@ class Evaluation:
         """Made for the first evaluation and used for all: it reads and converts the ground truth."""
         return CocoEvaluator(self.loader.dataset, topk=self.topk, implementation=self.evaluator)
 
-    def run(self, model: nn.Module, ema: ModelEma | None, epoch: int, *, final: bool = False) -> dict[str, Any]:
+    def run(
+        self, model: nn.Module, ema: ModelEma | None, epoch: int, *, final: bool = False, last: bool = False
+    ) -> dict[str, Any]:
         """Evaluate the weights, and their average if there is one.
 
         Args:
             final: an evaluation of its own (`--eval`), not one of a training run; other file names.
+            last: of a training run; as after `final`, its curves are drawn.
 
         Returns:
             Log entries `test_*` and, of the average, `ema_test_*`.
         """
-        entry = self._one(model, "test_", epoch, self._arrays(epoch, final))
+        curves = self.curves and (final or last)
+        entry = self._one(model, "test_", epoch, self._arrays(epoch, final), curves)
         if self.correspondences is not None:
             self.correspondences.finish(epoch, self.output_dir / f"correspondence{'_eval' * final}")
+        if self.assignments is not None:
+            folder = self.output_dir / f"assignment{'_eval' * final}"
+            self.assignments.finish(model, epoch, folder, self.device, self.settings.autocast(self.device))
         if ema is not None:
-            entry.update(self._one(ema.module, "ema_test_", epoch, []))
+            entry.update(self._one(ema.module, "ema_test_", epoch, [], curves))
         return entry
 
     def _arrays(self, epoch: int, final: bool) -> list[str]:
@@ -70,7 +82,7 @@ class Evaluation:
             return ["eval.pth"]
         return ["eval/latest.pth"] + [f"eval/{epoch:03}.pth"] * (epoch % KEEP_ARRAYS_EVERY == 0)
 
-    def _one(self, model: nn.Module, prefix: str, epoch: int, arrays: list[str]) -> dict[str, Any]:
+    def _one(self, model: nn.Module, prefix: str, epoch: int, arrays: list[str], curves: bool) -> dict[str, Any]:
         dataset = self.loader.dataset
         dist.broadcast_buffers(model)  # what a checkpoint holds is what is evaluated
         evaluator = self._collector
@@ -97,6 +109,8 @@ class Evaluation:
             (folder / "stats.json").write_text(json.dumps(stats, indent=1) + "\n")
             for name in arrays:
                 evaluator.save_eval(self.output_dir / name)
+            if curves:
+                dist.info(write_eval_curves(eval_curves(evaluator, self.confusion_score), folder))
             if self.draw:
                 from util.visualize import draw_detections
 

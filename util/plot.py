@@ -1,7 +1,8 @@
 """Curves of a run, read from its `log.txt` alone.
 
-python -m util.plot exps/a                          loss.png, ap.png (and health.png) in exps/a
-python -m util.plot exps/a exps/b --out compare     both runs in the same pictures, in compare/
+python main.py --plot exps/a                                  loss.png, ap.png (and health.png) in exps/a
+python main.py --plot exps/a exps/b --output_dir compare      both runs in the same pictures, in compare/
+python -m util.plot exps/a exps/b --out compare               the same
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from util import dist
 from util.errors import UserError
 
 Entry = dict[str, Any]
@@ -63,7 +65,7 @@ def plot_runs(output_dirs: Sequence[Path], folder: Path) -> list[Path]:
 
     `ap.png` needs a run that was evaluated, `health.png` one that matches without a solver.
     """
-    runs = {name: read_log(Path(path)) for name, path in zip(_names(output_dirs), output_dirs)}
+    runs = _read_all(output_dirs)
     plt = _pyplot()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,6 +101,20 @@ def read_log(output_dir: Path) -> list[Entry]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
+def _read_all(output_dirs: Sequence[Path]) -> dict[str, list[Entry]]:
+    """Return the logs by the names of their runs; all that cannot be read are told at once."""
+    paths = list(dict.fromkeys(Path(path) for path in output_dirs))  # a run that is named twice is drawn once
+    runs, wrong = {}, []
+    for name, path in zip(_names(paths), paths):
+        try:
+            runs[name] = read_log(path)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("; ".join(wrong))
+    return runs
+
+
 def curve(entries: Sequence[Entry], value: Callable[[Entry], float | None]) -> tuple[list[int], list[float]]:
     """Return (epochs counted from 1, values) of the entries that have a value."""
     points = [(entry["epoch"] + 1, value(entry)) for entry in entries]
@@ -106,11 +122,15 @@ def curve(entries: Sequence[Entry], value: Callable[[Entry], float | None]) -> t
     return [epoch for epoch, _ in points], [y for _, y in points]
 
 
-def _coco_number(position: int) -> Callable[[Entry], float | None]:
-    """Return a reader of one of the 12 numbers; -1, COCO's "no such objects", is no value."""
+def coco_number(position: int, prefix: str = "test_") -> Callable[[Entry], float | None]:
+    """Return a reader of one of the 12 numbers; -1, COCO's "no such objects", is no value.
+
+    Args:
+        prefix: `ema_test_` for those of the averaged weights.
+    """
 
     def read(entry: Entry) -> float | None:
-        numbers = entry.get("test_coco_eval_bbox")
+        numbers = entry.get(f"{prefix}coco_eval_bbox")
         return numbers[position] if numbers and numbers[position] >= 0 else None
 
     return read
@@ -127,9 +147,10 @@ def _loss_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
     figure, grid = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for axes, (title, key) in zip(grid.flat, LOSSES):
         for number, (name, entries) in enumerate(runs.items()):
-            for part, style in (("train", "-"), ("test", "--")):
+            for part, style in (("train", "-"), ("test", "--"), ("ema_test", ":")):
                 epochs, values = curve(entries, lambda entry, k=f"{part}_{key}": entry.get(k))
-                label = part if len(runs) == 1 else f"{name}, {part}"
+                shown = part.replace("ema_test", "test EMA")
+                label = shown if len(runs) == 1 else f"{name}, {shown}"
                 _draw(axes, epochs, values, label, f"C{number}", style)
         _finish(axes, title, legend=key == "loss")
         if key == "lr":
@@ -138,16 +159,22 @@ def _loss_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
 
 
 def _ap_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
-    figure, grid = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
-    for axes, title, numbers in zip(grid, ("average precision", "by object size"), (PRECISIONS, SIZES)):
-        for run, (name, entries) in enumerate(runs.items()):
-            for kind, (label, position) in enumerate(numbers):
-                epochs, values = curve(entries, _coco_number(position))
-                alone = len(runs) == 1
-                color = f"C{kind}" if alone else f"C{run}"
-                style = "-" if alone else ("-", "--", ":")[kind]
-                last = f" {values[-1]:.3f}" if values else ""
-                _draw(axes, epochs, values, (label if alone else f"{name}, {label}") + last, color, style)
+    """Draw AP over the epochs: of one run in two panels, of several in a panel per number; averaged weights dashed."""
+    if len(runs) > 1:
+        figure, grid = plt.subplots(2, 3, figsize=(14, 8), layout="constrained")
+        panels = [(axes, title, [("", position)]) for axes, (title, position) in zip(grid.flat, PRECISIONS + SIZES)]
+    else:
+        figure, grid = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained", sharey=True)
+        panels = list(zip(grid, ("average precision", "by object size"), (PRECISIONS, SIZES)))
+    for axes, title, numbers in panels:
+        color = 0
+        for name, entries in runs.items():
+            for label, position in numbers:
+                for prefix, style, mark in (("test_", "-", ""), ("ema_test_", "--", " EMA")):
+                    epochs, values = curve(entries, coco_number(position, prefix))
+                    last = f" {values[-1]:.3f}" if values else ""
+                    _draw(axes, epochs, values, (label or name) + mark + last, f"C{color}", style)
+                color += 1
         _finish(axes, title, legend=True)
         axes.set_ylim(0, 1)
     return figure
@@ -156,7 +183,7 @@ def _ap_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
 def _health_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
     """Draw the measures of assignments that some run has: cost-greedy has fewer, Hungarian matching hardly any."""
     entries = [entry for run in runs.values() for entry in run]
-    shown = [m for m in HEALTH if any(_measure(p, m[1])(e) is not None for p in ("train", "test") for e in entries)]
+    shown = [m for m in HEALTH if any(measure(p, m[1])(e) is not None for p in ("train", "test") for e in entries)]
     rows = -(-len(shown) // 3)
     figure, grid = plt.subplots(rows, 3, figsize=(13, 3.4 * rows), layout="constrained", squeeze=False)
     for axes in grid.flat[len(shown) :]:
@@ -165,7 +192,7 @@ def _health_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
         for number, (name, own) in enumerate(runs.items()):
             for part, style in (("train", "-"), ("test", "--")):
                 label = part if len(runs) == 1 else f"{name}, {part}"
-                _draw(axes, *curve(own, _measure(part, key)), label, f"C{number}", style)
+                _draw(axes, *curve(own, measure(part, key)), label, f"C{number}", style)
         _finish(axes, f"{title} ({key})", legend=False)
         if limit is not None:
             axes.axhline(limit, color="red", linestyle=":", label=meaning)
@@ -175,7 +202,7 @@ def _health_figure(plt: Any, runs: dict[str, list[Entry]]) -> Any:
     return figure
 
 
-def _measure(part: str, key: str) -> Callable[[Entry], float | None]:
+def measure(part: str, key: str) -> Callable[[Entry], float | None]:
     """Return a reader of a measure; those that do not come from the criterion have no suffix."""
     return lambda entry: entry.get(f"{part}_{key}_unscaled", entry.get(f"{part}_{key}"))
 
@@ -196,7 +223,7 @@ def _finish(axes: Any, title: str, *, legend: bool) -> None:
         axes.set_xlim(low - 1, high + 1)
     axes.grid(alpha=0.3)
     if not axes.has_data():
-        axes.text(0.5, 0.5, "not in log.txt", ha="center", va="center", transform=axes.transAxes, color="gray")
+        axes.text(0.5, 0.5, "no values", ha="center", va="center", transform=axes.transAxes, color="gray")
     elif legend:
         axes.legend(fontsize="small")
 
@@ -217,6 +244,12 @@ def _pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def plot_command(args: argparse.Namespace) -> None:
+    """Run `main.py --plot RUN [RUN ...] [--output_dir DIR]`; a single run is drawn into its own folder."""
+    written = plot_runs(args.plot, Path(args.output_dir or args.plot[0]))
+    dist.info("\n".join(f"wrote {path}" for path in written))
 
 
 def main() -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
-from util.structures import Detections
+from util.boxes import cxcywh_to_xyxy
+from util.pixels import denormalize
+from util.structures import Detections, ImageBatch, Target
 
 # Small images are enlarged until their shorter side has SHORTEST pixels, so that labels can be read on them; large ones
 # are reduced until their longer side has LONGEST, so that camera pictures do not fill the disk.
@@ -100,6 +102,48 @@ def draw_annotations(image: Image.Image, annotations: Sequence[Annotation], scal
 def category_colors(category_ids: Iterable[int]) -> dict[int, tuple[int, int, int]]:
     """Return the colour of every category; it depends on the place of the id among all of them."""
     return {category: _color(rank) for rank, category in enumerate(sorted(category_ids))}
+
+
+def draw_batch(
+    images: ImageBatch, columns: Sequence[tuple[Sequence[str], Sequence[Sequence[Annotation]]]], path: Path
+) -> Path:
+    """Write a contact sheet of the images as the model sees them, every image once for each of `columns`.
+
+    Args:
+        images: B images.
+        columns: (title of every image, annotations of every image), boxes in pixels of the image in the batch.
+        path: of the PNG.
+    """
+    cells = []
+    for number, (h, w) in enumerate(images.sizes):
+        pixels = images.pixels[number, :, :h, :w].cpu()
+        image = to_pil_image(denormalize(pixels) if pixels.is_floating_point() else pixels)
+        titles = tuple(titles[number] for titles, _ in columns)
+        cells.append(_page(image, tuple(boxes[number] for _, boxes in columns), titles, CELL / max(image.size)))
+    _contact_sheet(cells, columns=max(2 * COLUMNS // len(columns), 1)).save(path)
+    return path
+
+
+def of_target(target: Target, class_names: Sequence[str]) -> list[Annotation]:
+    """Return what there is to draw of a target on its image in the batch."""
+    boxes = cxcywh_to_xyxy(target.boxes.cpu().float()) * _sides(target.size)
+    labels = target.labels.tolist()
+    return [Annotation(box, class_names[label], _color(label)) for box, label in zip(boxes, labels)]
+
+
+def of_detections(
+    found: Detections, target: Target, class_names: Sequence[str], score_threshold: float
+) -> list[Annotation]:
+    """Return what there is to draw of the detections of the image of `target`, the best one last."""
+    boxes = found.boxes_px.detach().cpu().float() / _sides(target.orig_size) * _sides(target.size)
+    rows = zip(found.scores.tolist(), found.labels.tolist(), boxes)
+    shown = [row for row in rows if row[0] >= score_threshold and row[2].isfinite().all()]
+    return [Annotation(box, f"{class_names[label]} {score:.2f}", _color(label)) for score, label, box in shown[::-1]]
+
+
+def _sides(size: tuple[float, float]) -> Tensor:
+    """Return (w, h, w, h) of (h, w)."""
+    return torch.tensor([size[1], size[0]] * 2, dtype=torch.float32)
 
 
 def _truth(dataset: Any, image_id: int, colors: dict[int, tuple[int, int, int]]) -> list[Annotation]:
@@ -199,9 +243,9 @@ def _in_a_row(images: Sequence[Image.Image], gap: int) -> Image.Image:
     return row
 
 
-def _contact_sheet(cells: Sequence[Image.Image]) -> Image.Image:
+def _contact_sheet(cells: Sequence[Image.Image], columns: int = COLUMNS) -> Image.Image:
     """Return all cells in columns, rows as high as they need to be."""
-    rows = [_in_a_row(cells[i : i + COLUMNS], 3 * GAP) for i in range(0, len(cells), COLUMNS)]
+    rows = [_in_a_row(cells[i : i + columns], 3 * GAP) for i in range(0, len(cells), columns)]
     sheet = Image.new("RGB", (max(r.width for r in rows), sum(r.height + 2 * GAP for r in rows) - 2 * GAP), PAPER)
     top = 0
     for row in rows:

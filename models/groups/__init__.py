@@ -122,7 +122,7 @@ BUILDERS = (_one2one, _one2many, _collaborative, _denoising)
 def build_groups(args: Namespace) -> list[GroupSource]:
     """Return the group sources that the flags ask for; the one that is evaluated lives in inference too.
 
-    With `--eval` those that only training needs are not built.
+    With `--eval` those that only training needs are not built, unless `--plot_assignment` draws them.
 
     Raises:
         UserError: for an unknown `--eval_group` or `--eval_head`.
@@ -136,4 +136,5 @@ def build_groups(args: Namespace) -> list[GroupSource]:
             "evaluated with --eval_head NAME"
         )
     groups[args.eval_group].training_only = False
-    return [source for source in sources if not (args.eval and source.training_only)]
+    bare = args.eval and not args.plot_assignment
+    return [source for source in sources if not (bare and source.training_only)]

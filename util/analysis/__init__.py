@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from util import dist
+from util.analysis.attention_pictures import analyse_attention, attention_options
 from util.analysis.base import Subject
 from util.analysis.conflict import analyse_conflict
 from util.analysis.discriminability import analyse_discriminability
@@ -26,7 +27,9 @@ __all__ = ["ANALYSES", "Subject", "run_analysis"]
 ANALYSES: dict[str, Callable[[Subject], list[Path]]] = {
     "discriminability": analyse_discriminability,
     "conflict": analyse_conflict,
+    "attention": analyse_attention,
 }
+NO_PAIRS = ("attention",)  # they ask no matcher, so they work with weights alone
 
 
 def run_analysis(
@@ -52,7 +55,7 @@ def run_analysis(
         raise UserError("--analyse runs in one process: start it without a launcher")
     for line in load_weights(model, content, name=args.resume).lines:
         dist.info(f"{args.resume}: {line}")
-    if not load_criterion(criterion, content, args.resume):
+    if args.analyse not in NO_PAIRS and not load_criterion(criterion, content, args.resume):
         raise UserError(f"--analyse: {args.resume} holds no learned matcher, which tells the positive queries")
     others = [Path(name) for name in args.analyse_with]
     if missing := [path for path in others if not path.is_file()]:
@@ -66,6 +69,7 @@ def run_analysis(
         label=args.analyse_label or Path(args.resume).resolve().parent.name,
         others=others,
         print_freq=args.print_freq,
+        attention=attention_options(args),
     )
     for path in ANALYSES[args.analyse](subject):
         dist.info(f"wrote {path}")

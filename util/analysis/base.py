@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from models.criterion import Criterion
 from models.detector import Detector
+from util.analysis.points import AttentionOptions
 from util.errors import UserError
 from util.logger import Meters, Progress
 from util.structures import ImageBatch, Target
@@ -31,6 +32,7 @@ class Subject:
     label: str  # what the curves of this detector are called
     others: list[Path] = field(default_factory=list)  # results of the same analysis to draw beside it
     print_freq: int = 10
+    attention: AttentionOptions | None = None  # what `analyse_attention` draws
 
     def batches(self, what: str) -> Iterator[tuple[ImageBatch, list[Target]]]:
         """Return the batches on the device, with progress lines that begin with `what`."""
