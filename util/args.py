@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from util.anchor_args import add_anchors, add_denoising
+from util.convert_args import add_convert_data
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
@@ -26,6 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     for add in (
         _add_run,
         _add_data,
+        add_convert_data,
         _add_synthetic,
         _add_backbone,
         _add_transformer,
