@@ -19,7 +19,14 @@ from util import dist
 from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
-from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint
+from util.checkpoint import (
+    brings_backbone,
+    compare_classes,
+    init_from,
+    load_criterion,
+    load_weights,
+    read_checkpoint,
+)
 from util.commands import chosen_command
 from util.correspondence import Correspondences
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
@@ -74,7 +81,8 @@ def run(args: Namespace) -> None:
     args.num_classes = args.num_classes or val_set.num_classes
 
     seed_everything(args.seed)
-    model, criterion, postprocessor = build_parts(args, device, download=checkpoint is None)
+    download = checkpoint is None and not brings_backbone(args.init_from, args.backbone)
+    model, criterion, postprocessor = build_parts(args, device, download)
     if checkpoint is not None and (warning := compare_classes(checkpoint, val_set.class_names)):
         dist.info(warning)
     if checkpoint is None and args.init_from:

@@ -24,6 +24,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gi
 DIGITS = 4  # of a pixel, in the written boxes
 ROUNDING = 0.01  # pixels that a box may pass the border by before it is counted as clipped
 EXIF_TURN = 0x0112
+USED = ("train", "val")  # splits that `main.py` has flags for
 
 
 @dataclass
@@ -81,8 +82,7 @@ def convert_command(args: Namespace) -> None:
         keep_difficult=args.keep_difficult,
         voc_first_pixel=args.voc_first_pixel,
     )
-    given = {"train": "train", "val": "val"}
-    flags = [f"--{part}_images {folder} --{part}_json {path}" for path, folder, part in paths if part in given]
+    flags = [f"--{part}_images {folder} --{part}_json {path}" for path, folder, part in paths if part in USED]
     if flags:
         dist.info("flags for training: " + " ".join(flags))
 
@@ -131,7 +131,10 @@ def convert(
         if path.exists():
             raise UserError(f"{path} exists already and is not replaced: delete it, or give another --output_dir")
     contents = [as_coco(split, names, findings) for split in splits]
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {target} cannot be made: {error}") from error
     for (path, _, _), content in zip(paths, contents):
         _write(content, path)
         empty = len(content["images"]) - len({a["image_id"] for a in content["annotations"]})

@@ -105,6 +105,6 @@ def _without_comment(line: str) -> str:
 
 def _unknown(path: Path, text: str) -> UserError:
     return UserError(
-        f"{path}: `names` is read when written as [a, b], as {{0: a, 1: b}}, as lines `- a` or as lines `0: a`, not as {text[:60]!r}; "
-        "write it so, or give --class_names FILE, a text file with one name per line"
+        f"{path}: `names` is read when written as [a, b], as {{0: a, 1: b}}, as lines `- a` or as lines `0: a`, not as "
+        f"{text[:60]!r}; write it so, or give --class_names FILE, a text file with one name per line"
     )

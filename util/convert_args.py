@@ -22,14 +22,14 @@ def add_convert_data(parser: argparse.ArgumentParser) -> None:
         "--class_names",
         default="",
         metavar="FILE",
-        help="text file with a class name per line, in the order of the classes; not given: of data.yaml or classes.txt "
-        "(yolo), or those that occur, sorted (voc)",
+        help="text file with a class name per line, in the order of the classes; not given: those of data.yaml or "
+        "classes.txt (yolo), or those that occur, sorted (voc)",
     )
     group.add_argument(
         "--keep_difficult",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="voc: train and evaluate on difficult objects too, which are written as crowd otherwise: neither asked for "
+        help="voc: train and evaluate on difficult objects too; they are written as crowd otherwise: neither asked for "
         "nor wrong",
     )
     group.add_argument(
