@@ -43,17 +43,7 @@ def read_voc(
     Raises:
         UserError: names the file.
     """
-    lists = {name: source / "ImageSets" / "Main" / f"{name}.txt" for name in SPLITS}
-    lists = {name: path for name, path in lists.items() if path.is_file()}
-    if not lists:
-        raise UserError(
-            f"{source / 'ImageSets' / 'Main'} has none of {', '.join(f'{name}.txt' for name in SPLITS)}; write them: "
-            "the name of an image per line, without folder and ending"
-        )
-    images, annotations = source / "JPEGImages", source / "Annotations"
-    for folder in (images, annotations):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is missing: a VOC folder has JPEGImages, Annotations and ImageSets/Main")
+    lists, images, annotations = _parts(source)
     files = _images_by_name(images)
     splits, other_sizes, with_xml = [], [], 0
     for split, path in lists.items():
@@ -81,6 +71,22 @@ def read_voc(
     if not found:
         raise UserError(f"no XML file in {annotations} has an object")
     return list(names or found), splits
+
+
+def _parts(source: Path) -> tuple[dict[str, Path], Path, Path]:
+    """Return the lists by split and the folders of images and annotations, once all are there."""
+    images, annotations, main = source / "JPEGImages", source / "Annotations", source / "ImageSets" / "Main"
+    for folder in (images, annotations):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is missing: a VOC folder has JPEGImages, Annotations and ImageSets/Main")
+    lists = {name: main / f"{name}.txt" for name in SPLITS}
+    lists = {name: path for name, path in lists.items() if path.is_file()}
+    if not lists:
+        raise UserError(
+            f"{main} has none of {', '.join(f'{name}.txt' for name in SPLITS)}; write them: the name of an image per "
+            "line, without folder and ending"
+        )
+    return lists, images, annotations
 
 
 def _images_by_name(folder: Path) -> dict[str, str]:

@@ -260,8 +260,11 @@ def init_from(
         common = [(i, index[name]) for i, name in enumerate(class_names) if name in index]
         state = {name: value for name, value in state.items() if name not in heads}
     report = load_weights(model, state, strict=False)
-    report.advice = [line for line in report.advice if "--init_from" not in line]  # that is for --resume
     _copy_queries(model, state, report)
+    done = ["--init_from", "--dn_labelbook_size"]  # other classes: right for --resume, and here what is wanted
+    if not any(name in report.reshaped for name in QUERY_TABLES):
+        done.append("--num_queries_one2one")
+    report.advice = [line for line in report.advice if not any(flag in line for flag in done)]
     own = model.state_dict()
     if copy_class_rows:
         report.missing = [n for n in report.missing if n not in heads]
