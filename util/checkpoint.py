@@ -273,7 +273,8 @@ def init_from(
                 report.reshaped[name] = tuple(value.shape), tuple(own[name].shape)
     else:
         heads = {name: value for name, value in heads.items() if name in report.reshaped}
-    if kept := copy_rows(model, heads, common):
+    kept = [name for name in copy_rows(model, heads, common) if not name.startswith("transformer.")]  # second names
+    if kept:
         report.lines.append(f"rows that stand for no class were taken: {', '.join(group_names(kept))}")
     return report, [class_names[i] for i, _ in common]
 

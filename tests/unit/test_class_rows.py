@@ -13,6 +13,7 @@ from models import build_criterion, build_detector
 from tests.tiny import TWO_STAGE, tiny_args, tiny_images, tiny_targets
 from util.checkpoint import brings_backbone, init_from
 from util.class_rows import copy_rows
+from util.optim import build_optimizer
 
 DINO = f"{TWO_STAGE} --query_pos box --mixed_selection --look_forward_twice --decoder_norm --dn_number 10"
 HYBRID = f"{TWO_STAGE} --num_queries_one2many 12 --k_one2many 2 --one2many_own heads"
@@ -132,6 +133,22 @@ def test_rows_of_heads_that_do_not_fit_are_passed_over() -> None:
     heads = {"class_embed.0.weight": torch.ones(3, 5), "class_embed.7.weight": torch.ones(3, 4)}
     assert copy_rows(model, heads, [(0, 2)]) == []
     assert torch.equal(model.class_embed[0].weight, before)
+
+
+@pytest.mark.parametrize("family", ["co", "dino"])
+def test_the_rates_of_the_recipe_leave_heads_and_queries_at_the_full_one(family: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "configs" / "README.md").read_text()
+    names = next(line.split() for line in text.split("`") if line.startswith("--lr_backbone_names"))
+    args = tiny_args(f"{FAMILIES[family]} --lr 1 --lr_backbone 0.1 {' '.join(names)}")
+    model = build_detector(args)
+    optimizer = build_optimizer(args, model, build_criterion(args))
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    full = {".".join(n.split(".")[:3]) for n, p in model.named_parameters() if rates.get(id(p)) == 1}
+    slow = {".".join(n.split(".")[:3]) for n, p in model.named_parameters() if rates.get(id(p)) == 0.1}
+    heads = {"transformer.decoder.class_embed", "transformer.decoder.bbox_embed"}
+    assert heads <= full and not heads & slow
+    assert {"backbone.0.body", "transformer.encoder.layers", "transformer.decoder.layers"} <= slow
+    assert not any(n.startswith(("backbone", "input_proj", "transformer.encoder")) for n in full)
 
 
 def test_a_file_that_brings_the_backbone_saves_its_download(tmp_path: Path) -> None:
