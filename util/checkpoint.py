@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.class_rows import copy_rows, is_class_head, published_names
+from util.class_rows import common_classes, copy_rows, is_class_head, published_names
 from util.convert import QUERY_TABLES, find_weights, fit_to_model, to_native
 from util.convert_mmdet import class_names as mmdet_class_names
 from util.errors import UserError
@@ -256,8 +256,7 @@ def init_from(
             raise UserError(
                 f"--init_class_rows: {path} does not say its class names, nor has it 91 or 80 as COCO's files"
             )
-        index = {name: i for i, name in enumerate(theirs) if name != "N/A"}
-        common = [(i, index[name]) for i, name in enumerate(class_names) if name in index]
+        common = common_classes(class_names, theirs)
         state = {name: value for name, value in state.items() if name not in heads}
     report = load_weights(model, state, strict=False)
     _copy_queries(model, state, report)

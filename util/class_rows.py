@@ -33,6 +33,21 @@ def published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
     return [COCO_NAMES.get(i, "N/A") for i in range(91)] if rows == 91 else None
 
 
+def common_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, int]]:
+    """Return the class indices of equal names, ours first. Capitals, `_` and `-` count only if both are there.
+
+    "N/A" is no class: it fills the holes between the category ids of COCO.
+    """
+
+    def plain(name: str) -> str:
+        return name.casefold().replace("_", " ").replace("-", " ")
+
+    known = {name: i for i, name in enumerate(theirs) if name != "N/A"}
+    loosely = {plain(name): i for name, i in known.items()}
+    found = ((i, known.get(name, loosely.get(plain(name)))) for i, name in enumerate(ours) if name != "N/A")
+    return [(i, j) for i, j in found if j is not None]
+
+
 @torch.no_grad()
 def copy_rows(model: nn.Module, heads: Mapping[str, Tensor], common: Sequence[tuple[int, int]]) -> list[str]:
     """Copy the rows of common classes, and those that stand for no class; return the names with the latter.

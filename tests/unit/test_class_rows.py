@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import main
 from models import build_criterion, build_detector
 from tests.tiny import TWO_STAGE, tiny_args, tiny_images, tiny_targets
 from util.checkpoint import brings_backbone, init_from
-from util.class_rows import copy_rows
+from util.class_rows import common_classes, copy_rows
 from util.optim import build_optimizer
 
 DINO = f"{TWO_STAGE} --query_pos box --mixed_selection --look_forward_twice --decoder_norm --dn_number 10"
@@ -23,22 +25,28 @@ THEIRS, OURS = ["cat", "dog", "bird", "cow", "ant"], ["ant", "fish", "dog", "eel
 PER_ANCHOR = 9  # of RetinaNet
 
 
-def file_of(flags: str, folder: Path) -> tuple[str, dict[str, torch.Tensor]]:
-    """Write a checkpoint with the classes `THEIRS` and other weights than every new model; return path and weights."""
-    torch.manual_seed(3)
-    model = build_detector(tiny_args(f"{flags} --num_classes {len(THEIRS)}"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
-    path = folder / "file.pth"
-    torch.save({"model": model.state_dict(), "class_names": THEIRS}, path)
-    return str(path), model.state_dict()
+@pytest.fixture(scope="module")
+def file_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, dict[str, torch.Tensor]]]:
+    """Return a function that writes, once per `flags`, a checkpoint with the classes `THEIRS`: path and weights."""
+
+    @cache
+    def write(flags: str) -> tuple[str, dict[str, torch.Tensor]]:
+        torch.manual_seed(3)
+        model = build_detector(tiny_args(f"{flags} --num_classes {len(THEIRS)}"))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_()
+        path = tmp_path_factory.mktemp("start") / "file.pth"
+        torch.save({"model": model.state_dict(), "class_names": THEIRS}, path)
+        return str(path), model.state_dict()
+
+    return write
 
 
 @pytest.mark.parametrize("rows", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_starts_and_trains_with_another_number_of_classes(tmp_path: Path, family: str, rows: bool) -> None:
-    path, given = file_of(FAMILIES[family], tmp_path)
+def test_every_family_starts_and_trains_with_another_number_of_classes(file_of, family: str, rows: bool) -> None:
+    path, given = file_of(FAMILIES[family])
     args = tiny_args(f"{FAMILIES[family]} --num_classes {len(OURS)}")
     model, criterion = build_detector(args), build_criterion(args)
     report, copied = init_from(model, path, OURS, copy_class_rows=rows)
@@ -60,8 +68,8 @@ def test_every_family_starts_and_trains_with_another_number_of_classes(tmp_path:
     assert torch.isfinite(total)
 
 
-def test_class_rows_of_every_auxiliary_head_are_taken_by_name(tmp_path: Path) -> None:
-    path, given = file_of(CO, tmp_path)
+def test_class_rows_of_every_auxiliary_head_are_taken_by_name(file_of) -> None:
+    path, given = file_of(CO)
     model = build_detector(tiny_args(f"{CO} --num_classes {len(OURS)}"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     init_from(model, path, OURS, copy_class_rows=True)
@@ -89,8 +97,8 @@ def test_class_rows_of_every_auxiliary_head_are_taken_by_name(tmp_path: Path) ->
         assert torch.equal(found[background][-1], given[background][-1])
 
 
-def test_rows_that_stand_for_no_class_are_kept_without_class_rows(tmp_path: Path) -> None:
-    path, given = file_of(CO, tmp_path)
+def test_rows_that_stand_for_no_class_are_kept_without_class_rows(file_of) -> None:
+    path, given = file_of(CO)
     model = build_detector(tiny_args(f"{CO} --num_classes {len(OURS)}"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report, _ = init_from(model, path, OURS)
@@ -104,8 +112,8 @@ def test_rows_that_stand_for_no_class_are_kept_without_class_rows(tmp_path: Path
     assert any(line.startswith("rows that stand for no class were taken: ") for line in report.lines)
 
 
-def test_proposals_of_dino_have_classes_and_no_row_for_every_object(tmp_path: Path) -> None:
-    path, _ = file_of(DINO, tmp_path)
+def test_proposals_of_dino_have_classes_and_no_row_for_every_object(file_of) -> None:
+    path, _ = file_of(DINO)
     model = build_detector(tiny_args(f"{DINO} --num_classes {len(OURS)}"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report, _ = init_from(model, path, OURS)
@@ -114,8 +122,8 @@ def test_proposals_of_dino_have_classes_and_no_row_for_every_object(tmp_path: Pa
 
 
 @pytest.mark.parametrize("flags", ["", f"{TWO_STAGE} --mixed_selection", DINO])
-def test_queries_of_a_file_are_the_first_of_a_larger_table(tmp_path: Path, flags: str) -> None:
-    path, given = file_of(flags, tmp_path)
+def test_queries_of_a_file_are_the_first_of_a_larger_table(file_of, flags: str) -> None:
+    path, given = file_of(flags)
     model = build_detector(tiny_args(f"{flags} --num_classes 5 --num_queries_one2many 12 --k_one2many 2"))
     name = next(n for n in ("query_embed.weight", "transformer.tgt_embed.weight") if n in given)
     before = model.state_dict()[name].clone()
@@ -124,6 +132,16 @@ def test_queries_of_a_file_are_the_first_of_a_larger_table(tmp_path: Path, flags
     assert (len(given[name]), len(table)) == (8, 20) and name not in report.reshaped
     assert torch.equal(table[:8], given[name]) and torch.equal(table[8:], before[8:])
     assert f"{name}: the first 8 of 20 rows are the file's" in report.lines and not report.advice
+
+
+def test_classes_are_common_by_name_whatever_their_capitals_and_hyphens() -> None:
+    theirs = ["N/A", "person", "traffic light", "Cat", "cat"]
+    assert common_classes(["Person", "traffic_light", "cat", "CAT", "N/A", "dog"], theirs) == [
+        (0, 1),
+        (1, 2),
+        (2, 4),
+        (3, 4),
+    ]
 
 
 def test_rows_of_heads_that_do_not_fit_are_passed_over() -> None:
@@ -151,17 +169,17 @@ def test_the_rates_of_the_recipe_leave_heads_and_queries_at_the_full_one(family:
     assert not any(n.startswith(("backbone", "input_proj", "transformer.encoder")) for n in full)
 
 
-def test_a_file_that_brings_the_backbone_saves_its_download(tmp_path: Path) -> None:
-    path, _ = file_of("", tmp_path)
+def test_a_file_that_brings_the_backbone_saves_its_download(file_of) -> None:
+    path, _ = file_of("")
     assert brings_backbone(path, "resnet18")
     assert not brings_backbone(path, "resnet50") and not brings_backbone("", "resnet18")
 
 
 @pytest.mark.parametrize(("backbone", "expected"), [("resnet18", "checkpoint"), ("resnet34", "default")])
 def test_starting_from_a_file_downloads_only_another_backbone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backbone: str, expected: str
+    file_of, monkeypatch: pytest.MonkeyPatch, backbone: str, expected: str
 ) -> None:
-    path, _ = file_of("", tmp_path)
+    path, _ = file_of("")
     seen = []
 
     class Stop(Exception):
