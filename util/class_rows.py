@@ -34,9 +34,9 @@ def published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
 
 
 def common_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the class indices of equal names, ours first. Capitals, `_` and `-` count only if both are there.
+    """Return the class indices, ours and theirs, of equal names.
 
-    "N/A" is no class: it fills the holes between the category ids of COCO.
+    A name that is not there to the letter is looked for without regard to capitals, `_` and `-`. "N/A" is no class: it fills the holes between the category ids of COCO.
     """
 
     def plain(name: str) -> str:
