@@ -36,7 +36,8 @@ def published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
 def common_classes(ours: Sequence[str], theirs: Sequence[str]) -> list[tuple[int, int]]:
     """Return the class indices, ours and theirs, of equal names.
 
-    A name that is not there to the letter is looked for without regard to capitals, `_` and `-`. "N/A" is no class: it fills the holes between the category ids of COCO.
+    A name that is not there to the letter is looked for without regard to capitals, `_` and `-`. "N/A" is no class: it
+    fills the holes between the category ids of COCO.
     """
 
     def plain(name: str) -> str:
