@@ -15,6 +15,7 @@ from util.infer_args import add_infer
 from util.picture_args import add_pictures
 from util.report_args import add_reports
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
+from util.speed_args import add_speed
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -44,6 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         add_auxiliary,
         add_losses,
         _add_optimisation,
+        add_speed,
         _add_distributed,
         _add_logging,
         add_infer,
