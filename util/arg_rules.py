@@ -6,6 +6,7 @@ import argparse
 
 from util.anchor_args import anchor_rules
 from util.errors import UserError
+from util.export_args import export_rules
 from util.idle_flags import class_target, idle_flags
 
 # Flags that only the one-to-many branch reads, and the values that change nothing.
@@ -34,6 +35,7 @@ Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
 
 def _rules(a: argparse.Namespace) -> Rules:
     parts = (_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules)
+    parts += (export_rules,)
     return [rule for part in parts for rule in part(a)]
 
 

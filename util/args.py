@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from util.anchor_args import add_anchors, add_denoising
+from util.export_args import add_export
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
 
 SWITCH = argparse.BooleanOptionalAction
@@ -39,6 +40,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         _add_optimisation,
         _add_distributed,
         _add_logging,
+        add_export,
     ):
         add(parser)
     return parser

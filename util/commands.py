@@ -13,6 +13,7 @@ from importlib import import_module
 # flag -> (module, function); the flag is unset when its value is false or empty
 COMMANDS: dict[str, tuple[str, str]] = {
     "strip": ("util.strip", "strip_command"),
+    "export": ("util.export", "export_command"),
 }
 
 
