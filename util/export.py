@@ -155,6 +155,9 @@ def record(wrapper: nn.Module, *, batch: int, size: tuple[int, int], multiple: i
     Args:
         batch, size: of the images it is for.
         multiple: of both sides of the canvas, pixels, where number and sizes of the images stay open; None: fixed.
+
+    Raises:
+        UserError: where sizes stay open, and the canvas has fewer cells than a two-stage model has queries.
     """
     shapes = None
     if multiple is not None:
@@ -167,6 +170,13 @@ def record(wrapper: nn.Module, *, batch: int, size: tuple[int, int], multiple: i
     try:
         with portable(), torch.no_grad():
             return torch.export.export(wrapper, inputs, dynamic_shapes=shapes, strict=False)
+    except RuntimeError as error:
+        if "k not in range" not in str(error):
+            raise
+        raise UserError(
+            f"--export_size {size[0]} {size[1]}: on this canvas the encoder has fewer cells than the model has "
+            "queries; give a larger one"
+        ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -215,6 +225,7 @@ def description(
             "multiple_of": multiple if args.export_dynamic else None,
             "smallest": 2 * multiple if args.export_dynamic else None,
             "place": "each image in the top-left corner",
+            "cells": "with --two_stage and open sizes at least as many as there are queries",
         },
         "preprocessing": {
             "shorter_side": trained.lsj_size if trained.augment == "lsj" else trained.test_size,

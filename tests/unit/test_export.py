@@ -16,7 +16,7 @@ from tests.tiny import tiny_args
 from util.checkpoint import read_checkpoint
 from util.environment import plain_args
 from util.errors import UserError
-from util.export import load_detector, trained_args
+from util.export import load_detector, record, trained_args
 from util.export_check import (
     Comparison,
     OnnxFile,
@@ -154,6 +154,13 @@ def test_the_model_is_compared_under_the_ranking_of_the_file(dino: Path, loaded:
     row = compare("", Swapped(), model, *images)
     assert row.box == row.score == row.labels == 0
     assert row.moved > 1 and row.gap > 0
+
+
+def test_a_canvas_with_fewer_cells_than_queries_is_refused() -> None:
+    many = f"{TWO_STAGE} --num_queries 200"
+    model = ExportedDetector(build_model(tiny_args(many))[0], topk=10).eval()
+    with pytest.raises(UserError, match="fewer cells than the model has queries"):
+        record(model, batch=1, size=(64, 64), multiple=32)
 
 
 @pytest.mark.parametrize("name", ["ai.onnx::GridSample", "::GridSample", "assigndetr.ms_deform_attn.default"])
