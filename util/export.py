@@ -162,7 +162,8 @@ def record(wrapper: nn.Module, *, batch: int, size: tuple[int, int], multiple: i
     shapes = None
     if multiple is not None:
         batch = max(batch, 2)  # 1 would be written into the graph as a constant
-        images, height, width = Dim("batch"), Dim("height"), Dim("width")
+        # PyTorch 2.6 wants a largest number; these are never reached.
+        images, height, width = (Dim(name, min=1, max=1024) for name in ("batch", "height", "width"))
         shapes = {"images": {0: images, 2: multiple * height, 3: multiple * width}, "sizes": {0: images}}
     inputs = torch.zeros(batch, 3, *size, dtype=torch.uint8), torch.tensor([size]).repeat(batch, 1)
     fast = torch.backends.mha.get_fastpath_enabled()
