@@ -11,6 +11,7 @@ import argparse
 from util.anchor_args import add_anchors, add_denoising
 from util.convert_args import add_convert_data
 from util.data_args import add_data_checks
+from util.export_args import add_export
 from util.infer_args import add_infer
 from util.picture_args import add_pictures
 from util.report_args import add_reports
@@ -51,6 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         add_infer,
         add_reports,
         add_pictures,
+        add_export,
     ):
         add(parser)
     return parser
