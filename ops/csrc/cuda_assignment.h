@@ -283,7 +283,7 @@ struct BlockSolver {
 
 // Solve tasks[blockIdx.x]. `pairs` (3, total): problem, slot and target of every pair.
 template <int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, kWarps == kSmallWarps ? 4 : 1)
     solve_assignment(const float* __restrict__ costs, const Task* __restrict__ tasks, float unmatchable,
                      char* scratch, int64_t total, int64_t* __restrict__ pairs) {
   __shared__ Near meeting[2][kWarps];
