@@ -111,10 +111,10 @@ def _readable(symbol: str) -> str:
 
 def main() -> None:
     """Print a table for the architectures given as arguments, or for `ARCHITECTURES`."""
-    print(f"{'kernel, type of values, lanes or warps, sums':<45} {'arch':>5} {'registers':>9} {'stack':>6} {'spilled':>7}")
+    print(f"{'kernel, type, lanes or warps, sums':<40} {'arch':>5} {'registers':>9} {'stack':>6} {'spilled':>7}")
     for architecture in sys.argv[1:] or ARCHITECTURES:
         for usage in kernel_usage(architecture):
-            name = f"{usage.kernel:<45} {'sm_' + usage.architecture:>5}"
+            name = f"{usage.kernel:<40} {'sm_' + usage.architecture:>5}"
             print(f"{name} {usage.registers:>9} {usage.stack:>6} {usage.spilled:>7}")
 
 

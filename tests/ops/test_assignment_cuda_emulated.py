@@ -1,4 +1,4 @@
-"""The source of the solver for GPUs, run on the CPU thread by thread: optimal, in the promised order, always the same."""
+"""The source of the solver for GPUs, run on the CPU thread by thread: what needs no GPU to be right or wrong."""
 
 from __future__ import annotations
 
