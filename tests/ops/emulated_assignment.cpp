@@ -24,7 +24,8 @@ int split_block() {
 // Solve problems (count, 5). `kinds` gets how many are small, in large blocks with shared memory, and with scratch.
 // Return the number of pairs, of which there is room for `room`, or -1 after an error.
 int64_t assign(float* costs, const int64_t* problems, int64_t count, float unmatchable, int64_t shared_bytes,
-               int64_t room, int64_t* pairs, int64_t* kinds) {
+               int backwards, int64_t room, int64_t* pairs, int64_t* kinds) {
+  emulated::backwards = backwards;
   std::vector<Problem> list;
   for (const int64_t* p = problems; p < problems + 5 * count; p += 5) {
     list.push_back({costs + p[0], p[1], p[2], p[3], p[4]});

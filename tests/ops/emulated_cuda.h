@@ -43,6 +43,7 @@ inline ucontext_t scheduler;
 inline unsigned current;
 inline uint64_t slots[2][kLanes];  // two: a lane may be one shuffle ahead of another
 inline std::function<void()> body;
+inline bool backwards = false;  // the last lanes and warps first: what depends on the order lacks a barrier
 inline std::vector<double> shared;  // memory of a block; double: aligned
 
 inline void run_lane() {
@@ -63,8 +64,8 @@ inline void run_warp(unsigned first) {
   const Lane& lane = lanes[first];
   const unsigned before = lane.barriers;
   while (!lane.done && lane.barriers == before) {
-    for (current = first; current < first + kLanes; ++current) {
-      threadIdx.x = current;
+    for (unsigned i = 0; i < kLanes; ++i) {
+      current = threadIdx.x = first + (backwards ? kLanes - 1 - i : i);
       swapcontext(&scheduler, &lanes[current].context);
     }
     for (unsigned i = first; i < first + kLanes; ++i) {
@@ -90,7 +91,7 @@ inline void run_block(unsigned threads) {
   }
   while (!lanes[0].done) {
     for (unsigned first = 0; first < threads; first += kLanes) {
-      run_warp(first);
+      run_warp(backwards ? threads - kLanes - first : first);
     }
     for (const Lane& lane : lanes) {
       if (lane.done != lanes[0].done || lane.barriers != lanes[0].barriers) {

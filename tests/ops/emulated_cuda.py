@@ -115,12 +115,19 @@ def backward(grad_output, value, shapes, locations, weights, deterministic=False
     return tuple(grads)
 
 
-def assign(costs: torch.Tensor, problems: torch.Tensor, unmatchable: float = 1e6, shared_bytes: int = 100 << 10):
+def assign(
+    costs: torch.Tensor,
+    problems: torch.Tensor,
+    unmatchable: float = 1e6,
+    shared_bytes: int = 100 << 10,
+    backwards: bool = False,
+) -> tuple[torch.Tensor, list[int]]:
     """Return what the CUDA solver would, and how many problems are small, large, and large with scratch memory.
 
     Args:
         costs, problems: see ops.assignment.solve.
         shared_bytes: that a block of the GPU may have.
+        backwards: run the last threads of a block first.
     """
     room = int(torch.minimum(problems[:, 2], problems[:, 1] * problems[:, 4]).sum())
     pairs = torch.full((3, room), -1, dtype=torch.int64)
@@ -131,6 +138,7 @@ def assign(costs: torch.Tensor, problems: torch.Tensor, unmatchable: float = 1e6
         ctypes.c_int64(len(problems)),
         ctypes.c_float(unmatchable),
         ctypes.c_int64(shared_bytes),
+        ctypes.c_int(backwards),
         ctypes.c_int64(room),
         _address(pairs),
         kinds,
