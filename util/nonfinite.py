@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ class NonFiniteGuard:
     Deferred, verdicts are scalars on the device, and whoever gets one has to act upon it there. They travel to the host
     in copies that nobody waits for. What is said, saved and counted is the same, up to `LATEST` / 2 steps late; the
     batches of these steps stay alive until then. Gradients that are not finite are told without the names of their
-    parameters, as they are gone by then. Weights never take a step that is not finite in either case.
+    parameters, as they are gone by then. The scaler of fp16 does not wait either: it hands its own check, a pass over
+    all gradients, to the fused optimiser. Weights never take a step that is not finite in either case.
 
     Args:
         output_dir: where the batch of a bad step is written as `nonfinite_*.pth`; None: nowhere.
@@ -71,7 +73,8 @@ class NonFiniteGuard:
         Raises:
             UserError: too many in a row.
         """
-        own = torch.isfinite(report.total.detach())
+        evidence = replace(report, total=report.total.detach())  # without the graph: it outlives the step
+        own = torch.isfinite(evidence.total)
         everywhere = dist.everywhere(own)
 
         def look(all_finite: bool, own_finite: bool) -> None:
@@ -79,7 +82,7 @@ class NonFiniteGuard:
                 return
             self._void = self.deferred
             if not own_finite:
-                self._tell(report, images, targets, epoch, step)
+                self._tell(evidence, images, targets, epoch, step)
             self._count("losses")
 
         if not self.deferred:
