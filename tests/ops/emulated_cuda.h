@@ -126,7 +126,8 @@ struct Launch {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y);
-        shared.assign(bytes / sizeof(double) + 1, std::nan(""));  // nothing is left from the block before
+        // Nothing is left from the block before; what is there differs with the order.
+        shared.assign(bytes / sizeof(double) + 1, backwards ? 0.0 : std::nan(""));
         run_block(threads);
       }
     }
