@@ -146,3 +146,17 @@ def test_a_step_is_matched_on_the_gpu_as_on_the_host() -> None:
         for name in ("layer", "image", "slot", "target"):
             assert torch.equal(getattr(found, name).cpu(), getattr(wanted, name))
         assert found.count == wanted.count
+
+
+def test_a_training_on_a_cpu_continues_on_a_gpu() -> None:
+    states = []
+    for device in ("cpu", "cuda"):
+        states.append(new_state(*build_model(tiny_args())[:2], torch.device(device)))
+    take_steps(states[0], torch.device("cpu"))
+    for group in states[0].optimizer.param_groups:
+        group["fused"] = None  # as in a file of a training on a CPU
+    states[0].step = 0
+    states[1].resume(states[0].state_dict(), "file")
+    take_steps(states[1], torch.device("cuda"))
+    steps = [moments["step"] for moments in states[1].optimizer.state.values()]
+    assert all(step.is_cuda and step.item() == 4 for step in steps)

@@ -30,6 +30,7 @@ def gpu_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nonfinite._Answer, "ready", lambda self: False)
     # The device has no mixed precision, and so none to switch off.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     ask_nothing(monkeypatch)
 
 
