@@ -38,7 +38,7 @@ from util.errors import UserError
 from util.evaluation import Evaluation, best_result
 from util.infer_args import given_flags
 from util.logger import RunLog
-from util.nonfinite import NonFiniteGuard
+from util.nonfinite import NonFiniteGuard, skips_on_device
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
 from util.rng import seed_everything
 from util.told_flags import on_eval
@@ -196,7 +196,7 @@ def train(args: Namespace, evaluation: Evaluation, state: TrainState, loader: Da
     """
     output_dir = evaluation.output_dir
     train_step = distribute(TrainStep(state.model, state.criterion), evaluation.device, args.find_unused_params)
-    guard = NonFiniteGuard(output_dir, args.max_nonfinite)
+    guard = NonFiniteGuard(output_dir, args.max_nonfinite, deferred=skips_on_device(state.optimizer))
     log = RunLog(output_dir, tensorboard=args.tensorboard)
     logged = [entry for entry in log.entries() if entry["epoch"] <= state.epoch]
     state.best = best_result(logged, state.best)

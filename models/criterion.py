@@ -298,17 +298,18 @@ def _add(values: dict[str, Tensor], weights: dict[str, float], name: str, value:
 
 
 def _of_last_layer(assignment: Assignment, job: _Job) -> Assignment:
-    """Return the ready-made pairs of the last layer, the only one supervised without auxiliary losses, as layer 0."""
+    """Return the ready-made pairs of the last layer, the only one supervised without auxiliary losses, as layer 0.
+
+    Those of other layers stay with weight 0: how many there are is known on the device only.
+    """
     last = (job.last + 1 if job.supervision.layers is None else len(job.supervision.layers)) - 1
     here = assignment.layer == last
+    weight, score = assignment.weight, assignment.score
     return replace(
         assignment,
-        layer=torch.zeros_like(assignment.layer[here]),
-        image=assignment.image[here],
-        slot=assignment.slot[here],
-        target=assignment.target[here],
-        weight=None if assignment.weight is None else assignment.weight[here],
-        score=None if assignment.score is None else assignment.score[here],
+        layer=torch.zeros_like(assignment.layer),
+        weight=here.float() if weight is None else torch.where(here, weight, 0.0),
+        score=None if score is None else torch.where(here, score, 0.0),
         ignore=None if assignment.ignore is None else assignment.ignore[last:],
         losses={name: sums[last:] for name, sums in assignment.losses.items()},
     )

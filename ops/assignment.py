@@ -1,7 +1,8 @@
 """Linear assignment of many problems in one call: compiled code where it can be built, SciPy elsewhere.
 
-Both find an optimum; where several cost the same they may choose different ones. The compiled code needs 0.03 to 0.3 of
+All find an optimum; where several cost the same they may choose different ones. The compiled code needs 0.03 to 0.3 of
 SciPy's time (`python util/benchmark.py matching`) and uses PyTorch's threads; their number does not change the result.
+On a GPU the costs stay where they are and nobody waits for them.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
 from .selection import use_compiled
 
 FIELDS = ("offset", "targets", "slots", "stride", "repeat")
+ON_GPU = "assigndetr::assign_on_gpu"
+# How many pairs there are is an argument, so that graphs know the shape without looking into the table.
+torch.library.define(ON_GPU, "(Tensor costs, Tensor problems, int pairs, float unmatchable) -> Tensor")
 
 
 def solve(costs: np.ndarray, problems: np.ndarray) -> np.ndarray:
@@ -36,6 +41,46 @@ def solve(costs: np.ndarray, problems: np.ndarray) -> np.ndarray:
     if use_compiled("assignment", "SciPy, which is slower"):
         return torch.ops.assigndetr_ext.assign(torch.from_numpy(costs), torch.from_numpy(problems)).numpy()
     return solve_by_scipy(costs, problems)
+
+
+def gpu_solver_ready(device: torch.device) -> bool:
+    """Return whether `solve_on_gpu` takes costs on `device`, building it if it was not built yet.
+
+    Where a GPU has none, which is said once, costs have to go to the host and the GPU waits.
+    """
+    return device.type == "cuda" and use_compiled("cuda", "the solver on the host, which the GPU waits for")
+
+
+def solve_on_gpu(costs: Tensor, problems: np.ndarray, unmatchable: float) -> Tensor:
+    """Return what `solve` returns, on the device of the costs and without waiting for it.
+
+    Args:
+        costs: (E,) float32 on a GPU.
+        problems: see `solve`.
+        unmatchable: stands for costs that are not finite; nobody can say that there are some without waiting.
+
+    Raises:
+        ValueError: a problem reaches beyond `costs`.
+    """
+    problems = np.ascontiguousarray(problems, np.int64).reshape(-1, len(FIELDS))
+    table = torch.from_numpy(problems)
+    return torch.ops.assigndetr.assign_on_gpu(costs, table, int(number_of_pairs(problems).sum()), unmatchable)
+
+
+def number_of_pairs(problems: np.ndarray) -> np.ndarray:
+    """Return how many pairs each problem (P, 5) has."""
+    _, targets, slots, _, repeat = problems.T
+    return np.minimum(slots, targets * repeat)
+
+
+@torch.library.impl(ON_GPU, "default")
+def _on_gpu(costs: Tensor, problems: Tensor, pairs: int, unmatchable: float) -> Tensor:
+    return torch.ops.assigndetr_ext.assign_cuda(costs, problems, unmatchable)
+
+
+@torch.library.register_fake(ON_GPU)
+def _on_gpu_shape(costs: Tensor, problems: Tensor, pairs: int, unmatchable: float) -> Tensor:
+    return costs.new_empty((3, pairs), dtype=torch.int64)
 
 
 def solve_by_scipy(costs: np.ndarray, problems: np.ndarray) -> np.ndarray:

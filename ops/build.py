@@ -27,7 +27,11 @@ from types import ModuleType
 import torch
 
 KERNELS = ("cpu", "cuda")  # of deformable attention, by device
-SOURCES = {"cpu": "ms_deform_attn.cpp", "cuda": "ms_deform_attn.cu", "assignment": "assignment.cpp"}
+SOURCES = {
+    "cpu": ("ms_deform_attn.cpp",),
+    "cuda": ("ms_deform_attn.cu", "cuda_assignment.cu"),
+    "assignment": ("assignment.cpp",),
+}
 BUILD_VARIABLE = "ASSIGNDETR_OPS_BUILD"
 HOW_TO_BUILD = "python ops/setup.py build_ext --inplace"
 # For a build without a GPU in sight and without TORCH_CUDA_ARCH_LIST; PTX covers later cards.
@@ -46,7 +50,7 @@ def library_name(kind: str) -> str:
     key = hashlib.sha256(f"{torch.__version__} {sysconfig.get_platform()} {compile_flags(kind)}".encode())
     for source in sorted(_CSRC.iterdir()):
         owner = source.stem.partition("_")[0]  # cpu_kernels.h belongs to the cpu kernel alone, check.h to all
-        if source.name == SOURCES[kind] or (source.suffix == ".h" and (owner == kind or owner not in SOURCES)):
+        if source.name in SOURCES[kind] or (source.suffix == ".h" and (owner == kind or owner not in SOURCES)):
             key.update(source.read_bytes())
     return f"assigndetr_{kind}_{key.hexdigest()[:12]}"
 
@@ -188,7 +192,7 @@ def _compile(kind: str, folder: Path) -> Path:
             with build_environment(kind):
                 cpp_extension.load(
                     name,
-                    [str(_CSRC / SOURCES[kind])],
+                    [str(_CSRC / source) for source in SOURCES[kind]],
                     extra_cflags=flags["cxx"],
                     extra_cuda_cflags=flags.get("nvcc"),
                     build_directory=scratch,

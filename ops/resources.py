@@ -22,6 +22,9 @@ _PROGRAM = """
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #define ASSIGNDETR_LAUNCH(kernel, grid, stream) kernel<<<grid, kThreads, 0, stream>>>
+#define ASSIGNDETR_LAUNCH_BLOCKS(kernel, blocks, threads, bytes, stream) kernel<<<blocks, threads, bytes, stream>>>
+#define ASSIGNDETR_SHARED(name) extern __shared__ __align__(16) char name[]
+#include "cuda_assignment.h"
 #include "cuda_launch.h"
 namespace assigndetr {
 template <typename scalar_t, typename T>
@@ -56,10 +59,11 @@ def kernel_usage(architecture: str, types: tuple[str, ...] = tuple(TYPES)) -> li
     if home is None:
         raise FileNotFoundError("nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)")
     csrc = Path(build.__file__).resolve().parent / "csrc"
+    solver = "auto* const solver = &launch_assignment<cudaStream_t>;"
     instances = [f"template void kernels<{TYPES[t]}, {'double' if t == 'double' else 'float'}>();" for t in types]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernels.cu"
-        source.write_text("\n".join([_PROGRAM, *instances, "}"]))
+        source.write_text("\n".join([_PROGRAM, solver, *instances, "}"]))
         command = [home / "bin" / "nvcc", "-std=c++20", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
         includes = ["-I", csrc, "-I", Path(torch.__file__).parent / "include"]
         done = subprocess.run(
@@ -88,7 +92,12 @@ def parse_report(report: str, architecture: str) -> list[Usage]:
 
 
 def _readable(symbol: str) -> str:
-    """Return "fast_backward half 4 fixed" for _ZN10assigndetr13fast_backwardIN3c104HalfELi4ENS_9FixedSumsIfEEEEv..."""
+    """Return "fast_backward half 4 fixed" for _ZN10assigndetr13fast_backwardIN3c104HalfELi4ENS_9FixedSumsIfEEEEv...
+
+    The solver of assignment problems has a number of warps: "solve_assignment 4".
+    """
+    if solver := re.match(r"_ZN10assigndetr\d+(solve_assignment)ILi(\d+)E", symbol):
+        return " ".join(solver.groups())
     named = re.match(r"_ZN10assigndetr\d+((?:fast|generic|fixed)_[a-z_]+)I(.*?)EEv|$", symbol)
     if not named[1]:
         return symbol
@@ -102,7 +111,7 @@ def _readable(symbol: str) -> str:
 
 def main() -> None:
     """Print a table for the architectures given as arguments, or for `ARCHITECTURES`."""
-    print(f"{'kernel, type of values, lanes, sums':<40} {'arch':>5} {'registers':>9} {'stack':>6} {'spilled':>7}")
+    print(f"{'kernel, type, lanes or warps, sums':<40} {'arch':>5} {'registers':>9} {'stack':>6} {'spilled':>7}")
     for architecture in sys.argv[1:] or ARCHITECTURES:
         for usage in kernel_usage(architecture):
             name = f"{usage.kernel:<40} {'sm_' + usage.architecture:>5}"

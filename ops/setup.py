@@ -45,7 +45,9 @@ def main() -> None:
 
         extensions = [
             (CUDAExtension if kind == "cuda" else CppExtension)(
-                build.library_name(kind), [f"csrc/{build.SOURCES[kind]}"], extra_compile_args=build.compile_flags(kind)
+                build.library_name(kind),
+                [f"csrc/{source}" for source in build.SOURCES[kind]],
+                extra_compile_args=build.compile_flags(kind),
             )
             for kind in kernels
         ]

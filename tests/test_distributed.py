@@ -237,13 +237,15 @@ def test_accumulation_over_two_processes_keeps_their_weights_equal(tmp_path):
     assert not torch.equal(one["input_proj.0.0.weight"], start_weights["input_proj.0.0.weight"])
 
 
-def _one_bad(rank: int, folder: str) -> None:
+def _one_bad(rank: int, folder: str, deferred: bool = False) -> None:
     step = step_of("")
     before = {name: value.clone() for name, value in step.model.state_dict().items()}
     bad = make_target([[0.5, 0.5, float("nan"), 0.2]], [0], image_id=13)
     batches = [(halves()[0][0], [bad] if rank == 1 else halves()[0][1])]
-    guard = NonFiniteGuard(None, 9)
+    guard = NonFiniteGuard(None, 9, deferred=deferred)
     wrapped, state = distribute(step, CPU), state_of(step)
+    if deferred:
+        state.optimizer = torch.optim.AdamW(state.optimizer.param_groups[0]["params"], fused=True)
     train_one_epoch(wrapped, batches, state, StepSettings(), guard, CPU)
     after = step.model.state_dict()
     unchanged = all(torch.equal(before[name], after[name]) for name in before)
@@ -253,8 +255,13 @@ def _one_bad(rank: int, folder: str) -> None:
     torch.save({"unchanged": unchanged, "moved": moved}, f"{folder}/{rank}.pth")
 
 
-def test_a_bad_loss_in_one_process_skips_the_step_in_all_and_training_goes_on(tmp_path):
-    assert in_two_processes(_one_bad, tmp_path) == [{"unchanged": True, "moved": True}] * 2
+def _one_bad_deferred(rank: int, folder: str) -> None:
+    _one_bad(rank, folder, deferred=True)
+
+
+@pytest.mark.parametrize("case", [_one_bad, _one_bad_deferred])
+def test_a_bad_loss_in_one_process_skips_the_step_in_all_and_training_goes_on(case, tmp_path):
+    assert in_two_processes(case, tmp_path) == [{"unchanged": True, "moved": True}] * 2
 
 
 # the command line

@@ -320,7 +320,7 @@ def _add_optimisation(parser: argparse.ArgumentParser) -> None:
         "--max_nonfinite",
         default=20,
         type=int,
-        help="stop after so many non-finite losses in a row; each skips its step",
+        help="stop after so many non-finite losses in a row, on a GPU a few steps later; each skips its step",
     )
 
 

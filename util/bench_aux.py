@@ -21,9 +21,10 @@ A step waits for the device
 - with any head once in `models.groups.positives.choose_all`: one `tolist` tells how many queries all heads make;
 - with faster_rcnn once more in its RPN: NMS decides how many proposals there are. At most 2^16 candidates enter a call,
   which is four images with 16000 of them each; larger batches make more calls;
-- with or without heads once in the Hungarian matching: all costs are copied to the host together;
-- with `--no_aux_loss` a few times more: the criterion cuts the pairs of the last layer out by a mask.
-A training run waits further for what it logs, and to see that loss and gradient are finite.
+- with or without heads once in the Hungarian matching where its solver cannot be compiled for the GPU: all costs are
+  copied to the host together.
+A training run waits further for what it logs; and, without fused AdamW on a GPU, to see that loss and gradient are
+finite.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ PARTS = {
     "forward": "forward",
     "criterion": "criterion",
     "matching": "- of it matching",
-    "solver": "- - of it the solver, on the host",
+    "solver": "- - of it the solver, if it runs on the host",
     "backward": "backward",
     "update": "gradient norm and optimiser",
     "step": "all of it",

@@ -12,7 +12,7 @@ the device waits for the host. `--clock cpu` counts the processor time of this p
 but other programs on a busy machine do not disturb it. Schedules of the matchers are at their end. All matchers take
 turns in every repetition, on the same inputs; shown are the median and, in brackets, the 90th percentile.
 
-`hungarian` computes the costs of all layers and images at once and copies them to the host once.
+`hungarian` computes the costs of all layers and images at once and solves all problems where the costs are.
 `hungarian-published` is the way of DETR and Deformable-DETR: layer by layer, the queries of all images against the
 objects of all images, a copy, the solver image by image. It is here as a baseline only. Both must pay the same for
 their pairs, which is checked before anything is timed (exit status 1 if not).

@@ -6,7 +6,8 @@ python util/benchmark.py matching --threads 0       on all threads
 *Published* is the way of DETR, Deformable-DETR and H-DETR: layer by layer, the queries of all images against the
 objects of all images with `torch.cdist`, a copy to the host, SciPy image by image; for one-to-many matching every
 object stands K times in the list. *Ours* computes the costs of each image with its own objects, of all layers at once,
-and solves all problems in one call. The solver alone gets costs that lie on the host; SciPy gets the copies ready.
+and solves all problems in one call. The solver alone gets costs that lie where it runs, on the host or on the GPU;
+SciPy gets the copies ready, on the host.
 
 Predictions are as after some training (half of the queries have found an object) or from scratch (noise). Both ways
 take turns in every repetition, on the same inputs; they must find pairs of the same cost, which is checked before
@@ -32,7 +33,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from models.assign import HungarianMatcher, Request
-from ops.assignment import solve
+from models.assign.hungarian import UNMATCHABLE
+from ops.assignment import gpu_solver_ready, solve, solve_on_gpu
 from ops.selection import use_compiled
 from util.bench_common import check_least, markdown_table
 from util.bench_loader import processor
@@ -109,10 +111,17 @@ def solver_case(own: Namespace, slots: int, objects: int, repeat: int, shape: st
         return [linear_sum_assignment(matrix) for matrix in matrices]
 
     theirs = sum(matrix[pairs].sum(dtype=np.float64) for matrix, pairs in zip(matrices, by_scipy()))
-    index, slot, target = solve(flat, table)
+    device = torch.device(own.device)
+    on_device = costs.flatten().to(device)
+    ready = gpu_solver_ready(device)
+
+    def solved() -> Tensor | np.ndarray:
+        return solve_on_gpu(on_device, table, UNMATCHABLE) if ready else solve(flat, table)
+
+    index, slot, target = torch.as_tensor(solved()).cpu().numpy()
     ours = flat[(index * objects + target) * slots + slot].sum(dtype=np.float64)
     name = f"solver: {slots} x {objects}{f', K = {repeat}' if repeat > 1 else ''}, {shape}"
-    return Case(name, by_scipy, lambda: solve(flat, table), abs(theirs - ours) / abs(theirs))
+    return Case(name, by_scipy, solved, abs(theirs - ours) / abs(theirs))
 
 
 def measure(case: Case, own: Namespace, clock: Callable[[], float]) -> Times:

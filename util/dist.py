@@ -197,12 +197,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def all_true(flag: Tensor) -> bool:
-    """Say whether the boolean scalar `flag` is true in every process; one transfer to the host."""
-    if is_distributed():
-        flag = flag.to(torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
+def everywhere(flag: Tensor) -> Tensor:
+    """Return, on its device, whether the boolean scalar `flag` is true in every process."""
+    if not is_distributed():
+        return flag
+    number = flag.to(torch.int32)
+    dist.all_reduce(number, op=dist.ReduceOp.MIN)
+    return number > 0
 
 
 def broadcast_buffers(module: nn.Module) -> None:

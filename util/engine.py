@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -18,7 +18,7 @@ from util import dist
 from util.correspondence import Correspondences
 from util.flips import Flips
 from util.logger import Meters, Progress, max_memory_mb
-from util.nonfinite import NonFiniteGuard
+from util.nonfinite import NonFiniteGuard, voided
 from util.rng import isolated_rng
 from util.structures import Detections, ImageBatch, LossReport, Target
 from util.train_state import TrainState
@@ -108,11 +108,10 @@ def train_one_epoch(
             with settings.autocast(device):
                 report = train_step(images, targets, epoch, (state.step - 1) / batches)
             finite = guard.loss_is_finite(report, images, targets, epoch=epoch, step=state.step - 1)
-            healthy = healthy and finite
+            healthy = healthy and finite is not False  # what is known on the device only is settled there
             if healthy:
-                state.scaler.scale(report.total / window).backward()
-        if finite:
-            state.meters.update_losses(report)
+                state.scaler.scale(voided(report.total, finite) / window).backward()
+        state.meters.update_losses(report, finite)
         if not window_ends:
             continue
 
@@ -122,8 +121,10 @@ def train_one_epoch(
         healthy = True
         steps = state.step // settings.grad_accum_steps
         if save and settings.save_steps and steps % settings.save_steps == 0 and state.step < batches:
+            guard.finish()
             save()
 
+    guard.finish()
     stats = state.meters.global_averages()
     dist.info(f"Epoch: [{epoch}] took {progress.seconds:.0f} s, {progress.data_seconds:.0f} s of it waiting for data")
     lr = state.optimizer.param_groups[0]["lr"]
@@ -134,7 +135,7 @@ def update_weights(state: TrainState, settings: StepSettings, guard: NonFiniteGu
     """Clip, step, average, count.
 
     A criterion with parameters (a learned matcher) is clipped on its own: its early, large gradients would otherwise
-    use up the bound of the detector.
+    use up the bound of the detector. With a deferred guard the schedule counts steps that the device leaves out, too.
     """
     state.scaler.unscale_(state.optimizer)
     limit = settings.clip_max_norm or float("inf")
@@ -147,13 +148,24 @@ def update_weights(state: TrainState, settings: StepSettings, guard: NonFiniteGu
         norms["grad_norm_matcher"] = nn.utils.clip_grad_norm_(learned, limit)
     both = torch.stack(list(norms.values())).norm()
     where = {"epoch": state.epoch + 1, "step": state.step - 1, "scaled": state.scaler.is_enabled()}
-    if guard.gradient_is_finite(both, state.model, state.criterion, **where):
-        state.meters.update(norms)
-        state.scaler.step(state.optimizer)
+    finite = guard.gradient_is_finite(both, state.model, state.criterion, **where)
+    if finite is not False:
+        state.meters.update(norms, finite)
+        _step(state, finite)
         if state.ema is not None:
-            state.ema.update(state.model)
+            state.ema.update(state.model, finite)
     state.scaler.update()
     state.schedule.after_step()
+
+
+def _step(state: TrainState, finite: bool | Tensor) -> None:
+    """Move the weights; where `finite` is a scalar on the device, only if it is true there."""
+    if isinstance(finite, Tensor) and not state.scaler.is_enabled():
+        state.optimizer.found_inf = (~finite).float()  # the way in which the scaler of fp16 tells fused optimisers
+        state.optimizer.step()
+        del state.optimizer.found_inf
+    else:
+        state.scaler.step(state.optimizer)
 
 
 @torch.no_grad()

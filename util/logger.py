@@ -31,26 +31,40 @@ class Meters:
         self.weights: dict[str, float] = {}
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
-        self._pending: dict[tuple[str, ...], tuple[Tensor, int]] = {}  # per set of names: sum on the device, how many
+        # Per set of names: on the device the sums, with what was counted there at the end; counted on the host.
+        self._pending: dict[tuple[str, ...], tuple[Tensor, int]] = {}
         self.recent: dict[str, float] = {}
 
-    def update(self, values: Mapping[str, Tensor]) -> None:
-        """Add one value per name; scalars on one device, not synchronised."""
+    def update(self, values: Mapping[str, Tensor], keep: bool | Tensor = True) -> None:
+        """Add one value per name; scalars on one device, not synchronised.
+
+        Args:
+            keep: False: they do not count. A boolean scalar on the device decides there.
+        """
+        if keep is False:
+            return
         names = tuple(values)
         vector = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+        counted = vector.new_zeros(1) if keep is True else keep.to(vector).reshape(1)
+        if keep is not True:
+            vector = torch.where(keep, vector, 0.0)
+        vector = torch.cat([vector, counted])
         total, count = self._pending.get(names, (None, 0))
-        self._pending[names] = (vector if total is None else total + vector, count + 1)
+        self._pending[names] = (vector if total is None else total + vector, count + (keep is True))
 
-    def update_losses(self, report: LossReport) -> None:
+    def update_losses(self, report: LossReport, keep: bool | Tensor = True) -> None:
         """Add a step: the total as `loss` and every term as `*_unscaled`; `averages` derives the weighted terms."""
         self.weights = {**self.weights, **report.weights}
-        self.update({"loss": report.total, **{f"{name}_unscaled": value for name, value in report.terms.items()}})
+        terms = {f"{name}_unscaled": value for name, value in report.terms.items()}
+        self.update({"loss": report.total, **terms}, keep)
 
     def flush(self) -> None:
         """Fetch what was added since the last time; `recent` holds its averages."""
         recent: dict[str, list[float]] = {}
-        for names, (total, count) in self._pending.items():
-            for name, value in zip(names, total.tolist()):
+        for names, (total, on_host) in self._pending.items():
+            *values, on_device = total.tolist()
+            count = on_host + round(on_device)
+            for name, value in zip(names, values) if count else ():
                 self.sums[name] = self.sums.get(name, 0.0) + value
                 self.counts[name] = self.counts.get(name, 0) + count
                 seen = recent.setdefault(name, [0.0, 0])

@@ -181,28 +181,53 @@ class ModelEma:
         """Start the average anew at the weights of `model`."""
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.updates = 0
+        self._uncounted: Tensor | None = None  # further updates, counted on the device
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of `model`."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+    def update(self, model: nn.Module, keep: bool | Tensor = True) -> None:
+        """Move the average towards the weights of `model`.
+
+        Args:
+            keep: a boolean scalar on the device: only if it is true there, and without waiting for it.
+        """
         ours, theirs = _tensors(self.module), _tensors(model)
         floats = [(a, b.to(a.dtype)) for a, b in zip(ours, theirs) if a.is_floating_point()]
-        if floats:
-            torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+        averages, weights = [a for a, _ in floats], [b for _, b in floats]
+        if isinstance(keep, Tensor):
+            share = self._share_on_device(keep)
+            steps = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(steps, share)
+            torch._foreach_add_(averages, steps)
+        else:
+            self.updates += 1
+            if floats:
+                torch._foreach_lerp_(averages, weights, 1 - self._decay_after(self.updates))
         for a, b in zip(ours, theirs):
             if not a.is_floating_point():
-                a.copy_(b)
+                a.copy_(torch.where(keep, b, a) if isinstance(keep, Tensor) else b)
+
+    def _decay_after(self, updates: int) -> float:
+        return min(self.decay, (1 + updates) / (10 + updates))
+
+    def _share_on_device(self, keep: Tensor) -> Tensor:
+        """Count an update if `keep` and return the share of the new weights, 0 if it is none."""
+        if self._uncounted is None:
+            self._uncounted = torch.zeros((), dtype=torch.float64, device=keep.device)
+        self._uncounted = self._uncounted + keep
+        updates = self._uncounted + self.updates
+        decay = ((1 + updates) / (10 + updates)).clamp(max=self.decay)
+        return torch.where(keep, 1 - decay, 0.0).float()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averaged weights and the number of updates."""
+        if self._uncounted is not None:
+            self.updates, self._uncounted = self.updates + round(self._uncounted.item()), None
         return {"model": self.module.state_dict(), "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an average."""
         self.module.load_state_dict(state["model"])
-        self.updates = int(state["updates"])
+        self.updates, self._uncounted = int(state["updates"]), None
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

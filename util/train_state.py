@@ -159,7 +159,9 @@ class TrainState:
                 "start anew from the weights with --init_from"
             )
         settings = [{k: v for k, v in group.items() if k != "params"} for group in groups]
-        self.optimizer.load_state_dict(saved)
+        # Fused kernels want the counts of steps on the device, where loading puts them if it reads that they are fused.
+        saved_groups = [{**g, "fused": own.get("fused")} for g, own in zip(saved["param_groups"], settings)]
+        self.optimizer.load_state_dict({**saved, "param_groups": saved_groups})
         for group, own in zip(self.optimizer.param_groups, settings):
             kept = own if keep_settings else {k: own[k] for k in ("lr", "fused", "foreach") if k in own}
             group.update(kept)

@@ -1,4 +1,8 @@
-"""Hungarian matching of all sets and layers of a step with one copy to the host (DETR, section 3.1; H-DETR, 3.2)."""
+"""Hungarian matching of all sets and layers of a step at once (DETR, section 3.1; H-DETR, 3.2).
+
+How many pairs each problem has is known on the host: the flat pairs of a step always have the same shape for the same
+numbers of objects. So on a GPU the costs, the solver and the pairs stay on the device and nobody waits for it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from models.assign.costs import class_cost, giou_cost, l1_cost
-from ops.assignment import FIELDS, solve
+from ops.assignment import FIELDS, gpu_solver_ready, number_of_pairs, solve, solve_on_gpu
 from util.boxes import cxcywh_to_xyxy
 from util.structures import Assignment, FlatTargets, Predictions, Supervision
 
@@ -64,17 +68,26 @@ class HungarianMatcher:
         """Match every request on all its layers.
 
         The costs of all sets, layers and images are computed on the device, once for all requests that share their
-        predictions, and copied to the host together. Copies of a target exist in the solver only.
+        predictions, and solved there together. Without a solver on the device they are copied to the host together:
+        one wait. Copies of a target exist in the solver only.
+
+        A cost that is not finite counts as `UNMATCHABLE`. On the host the problems that have some are named in a
+        warning; the loss, which is mostly not finite then either, speaks for itself on a GPU.
 
         Returns:
             For each request min(N, k M) pairs per layer and image, slots ascending, layers and slots counted in
             `predictions`, targets in their image.
         """
+        if not requests:
+            return []
         keys = [(id(r.predictions), id(r.targets)) for r in requests]
         different = dict(zip(keys, requests))
-        costs, starts = _to_host([self.costs(r.predictions, r.targets) for r in different.values()])
-        start = dict(zip(different, starts))
-        return _to_device(requests, _solve(costs, [_problems(r, start[key]) for r, key in zip(requests, keys)]))
+        blocks = [self.costs(r.predictions, r.targets).flatten() for r in different.values()]
+        costs = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+        start = dict(zip(different, accumulate((len(block) for block in blocks), initial=0)))
+        problems = [_problems(r, start[key]) for r, key in zip(requests, keys)]
+        find = _pairs_on_gpu if gpu_solver_ready(costs.device) else _pairs_by_host
+        return _assignments(problems, find(costs, problems))
 
     def costs(self, predictions: Predictions, targets: FlatTargets) -> Tensor:
         """Return what it costs to give a target to a slot of its image, (M, L, N) float32: no padding, no loop."""
@@ -108,6 +121,11 @@ class _Problems:
     layer: np.ndarray  # (P,) index into request.rows
     first: np.ndarray  # (P,) first slot
 
+    @property
+    def places(self) -> np.ndarray:
+        """(3, P): the layer in `request.predictions`, the image and the first slot of each problem."""
+        return np.stack([np.array(self.request.rows, np.int64)[self.layer], self.image, self.first])
+
     def describe(self, index: int) -> str:
         r, layer = self.request, self.request.layers[self.layer[index]]
         return f"set {r.name}, layer {layer}, image id {r.targets.image_ids[self.image[index]]}"
@@ -135,25 +153,31 @@ def _problems(request: Request, start: int) -> _Problems:
     return _Problems(request, table, image, layer, first)
 
 
-def _solve(costs: np.ndarray, problems: Sequence[_Problems]) -> list[np.ndarray]:
-    """Return the pairs of each request, (4, R) int64: layer, image, slot, target."""
-    if not problems:
-        return []
-    if not np.isfinite(costs.sum()):  # by far the cheapest way to ask
+def _pairs_on_gpu(costs: Tensor, problems: Sequence[_Problems]) -> Tensor:
+    """Return the pairs of all requests, (4, R) int64: layer, image, slot, target; on the device of the costs."""
+    index, slot, target = solve_on_gpu(costs, np.concatenate([own.table for own in problems]), UNMATCHABLE)
+    places = torch.from_numpy(np.concatenate([own.places for own in problems], 1))
+    layer, image, first = _send(places, costs.device)[:, index]
+    return torch.stack([layer, image, slot + first, target])
+
+
+def _pairs_by_host(costs: Tensor, problems: Sequence[_Problems]) -> Tensor:
+    """Return the same by way of the host: one copy there, for which a GPU waits, and one back."""
+    on_host = costs.cpu().numpy()
+    if not np.isfinite(on_host.sum()):  # by far the cheapest way to ask
         # The step goes on, so that it can name its guilty loss term.
-        bad = ~np.isfinite(costs)
+        bad = ~np.isfinite(on_host)
         for own in problems:
             _warn_of(bad, own)
-        costs = np.where(bad, np.float32(UNMATCHABLE), costs)
-    index, slot, target = solve(costs, np.concatenate([own.table for own in problems]))
-    ends = np.searchsorted(index, np.cumsum([len(own.table) for own in problems]))
-    starts, found, before = [0, *ends[:-1]], [], 0
-    for own, start, end in zip(problems, starts, ends):
-        part = index[start:end] - before
-        row = np.array(own.request.rows, np.int64)[own.layer]
-        found.append(np.stack([row[part], own.image[part], slot[start:end] + own.first[part], target[start:end]]))
-        before += len(own.table)
-    return found
+        on_host = np.where(bad, np.float32(UNMATCHABLE), on_host)
+    index, slot, target = solve(on_host, np.concatenate([own.table for own in problems]))
+    layer, image, first = np.concatenate([own.places for own in problems], 1)[:, index]
+    return _send(torch.from_numpy(np.stack([layer, image, slot + first, target])), costs.device)
+
+
+def _send(numbers: Tensor, device: torch.device) -> Tensor:
+    """Return `numbers` of the host on `device`; a copy from pinned memory waits for nothing."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -179,26 +203,12 @@ def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tup
     return np.concatenate([empty, *slots]), np.concatenate([empty, *columns])
 
 
-def _to_host(blocks: Sequence[Tensor]) -> tuple[np.ndarray, list[int]]:
-    """Copy all `blocks` to the host together; return them flat, and where each begins."""
-    if not blocks:
-        return np.empty(0, np.float32), []
-    flat = torch.cat([b.flatten() for b in blocks]).cpu().numpy()
-    return flat, [0, *accumulate(b.numel() for b in blocks)][:-1]
-
-
-def _to_device(requests: Sequence[Request], solved: list[np.ndarray]) -> list[Assignment]:
-    """Send the pairs of all requests back in one copy."""
-    if not requests:
-        return []
-    device = requests[0].predictions.logits.device
-    flat = torch.from_numpy(np.concatenate(solved, 1))
-    if device.type == "cuda":
-        flat = flat.pin_memory()
-    flat = flat.to(device, non_blocking=True)
+def _assignments(problems: Sequence[_Problems], flat: Tensor) -> list[Assignment]:
+    """Return the part of each request of the pairs of all."""
+    numbers = [int(number_of_pairs(own.table).sum()) for own in problems]
     assignments = []
-    for request, pairs in zip(requests, flat.split([s.shape[1] for s in solved], dim=1)):
-        supervision = request.supervision
+    for own, pairs in zip(problems, flat.split(numbers, dim=1)):
+        request, supervision = own.request, own.request.supervision
         # Not times the blocks: the losses of blocks add up, each a mean over its targets (H-TransTrack).
         targets = sum(request.targets.sizes) * supervision.repeat
         matched = pairs.shape[1] / max(len(request.rows), 1)

@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "problem.h"
+
 // Loops that become vector code, once for every instruction set; which one runs is decided when the library is loaded.
 // Other compilers and systems use what every processor of theirs has.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -26,13 +28,6 @@
 #endif
 
 namespace assigndetr {
-
-struct Problem {
-  const float* cost;  // of target t and slot s: cost[t * stride + s], finite
-  int64_t targets, slots, stride;
-  int64_t repeat;  // slots that a target may get
-  int64_t pairs() const { return std::min(slots, targets * repeat); }
-};
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kChunk = 64;  // columns of which the least distance is written down: a short way to the nearest one

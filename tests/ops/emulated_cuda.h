@@ -1,5 +1,6 @@
-// Enough of CUDA to run kernels on the CPU: one warp after the other, its 32 lanes as coroutines that meet at shuffles.
-// Lanes that do not all come to the same shuffle are an error, as they would hang or compute nonsense on a GPU.
+// Enough of CUDA to run kernels on the CPU: one block after the other, its threads as coroutines. The 32 lanes of a warp
+// meet at shuffles, the warps of a block at barriers. Lanes that do not all come to the same shuffle are an error, and so
+// are warps that do not all come to the same barrier: they would hang or compute nonsense on a GPU.
 #pragma once
 
 #include <ucontext.h>
@@ -8,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -15,6 +17,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __shared__ static
 
 struct dim3 {
   unsigned x, y;
@@ -26,19 +29,22 @@ inline dim3 blockIdx, gridDim, blockDim, threadIdx;
 namespace emulated {
 
 constexpr int kLanes = 32;
+constexpr size_t kStack = 1 << 16;
 
 struct Lane {
   ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  unsigned shuffles;  // so far
+  std::unique_ptr<char[]> stack;
+  unsigned shuffles, barriers;  // so far
   bool done;
 };
 
-inline Lane lanes[kLanes];
+inline std::vector<Lane> lanes;  // of a block
 inline ucontext_t scheduler;
-inline int current;
+inline unsigned current;
 inline uint64_t slots[2][kLanes];  // two: a lane may be one shuffle ahead of another
 inline std::function<void()> body;
+inline bool backwards = false;  // the last lanes and warps first: what depends on the order lacks a barrier
+inline std::vector<double> shared;  // memory of a block; double: aligned
 
 inline void run_lane() {
   body();
@@ -46,23 +52,50 @@ inline void run_lane() {
   swapcontext(&lanes[current].context, &scheduler);
 }
 
-inline void run_warp(unsigned first_thread) {
+// Let the other lanes run.
+inline void pause() {
+  const unsigned me = current;
+  swapcontext(&lanes[me].context, &scheduler);
+  current = threadIdx.x = me;
+}
+
+// Run a warp up to its next barrier, or to its end.
+inline void run_warp(unsigned first) {
+  const Lane& lane = lanes[first];
+  const unsigned before = lane.barriers;
+  while (!lane.done && lane.barriers == before) {
+    for (unsigned i = 0; i < kLanes; ++i) {
+      current = threadIdx.x = first + (backwards ? kLanes - 1 - i : i);
+      swapcontext(&scheduler, &lanes[current].context);
+    }
+    for (unsigned i = first; i < first + kLanes; ++i) {
+      if (lanes[i].done != lane.done || lanes[i].shuffles != lane.shuffles || lanes[i].barriers != lane.barriers) {
+        throw std::logic_error("the lanes of a warp do not meet at a shuffle");
+      }
+    }
+  }
+}
+
+inline void run_block(unsigned threads) {
+  lanes.resize(threads);
   for (Lane& lane : lanes) {
+    if (!lane.stack) {
+      lane.stack.reset(new char[kStack]);
+    }
     getcontext(&lane.context);
-    lane.context.uc_stack.ss_sp = lane.stack.data();
-    lane.context.uc_stack.ss_size = lane.stack.size();
+    lane.context.uc_stack.ss_sp = lane.stack.get();
+    lane.context.uc_stack.ss_size = kStack;
     makecontext(&lane.context, run_lane, 0);
-    lane.shuffles = 0;
+    lane.shuffles = lane.barriers = 0;
     lane.done = false;
   }
   while (!lanes[0].done) {
-    for (current = 0; current < kLanes; ++current) {
-      threadIdx.x = first_thread + current;
-      swapcontext(&scheduler, &lanes[current].context);
+    for (unsigned first = 0; first < threads; first += kLanes) {
+      run_warp(backwards ? threads - kLanes - first : first);
     }
     for (const Lane& lane : lanes) {
-      if (lane.done != lanes[0].done || lane.shuffles != lanes[0].shuffles) {
-        throw std::logic_error("the lanes of a warp do not meet at a shuffle");
+      if (lane.done != lanes[0].done || lane.barriers != lanes[0].barriers) {
+        throw std::logic_error("the warps of a block do not meet at a barrier");
       }
     }
   }
@@ -71,13 +104,9 @@ inline void run_warp(unsigned first_thread) {
 // Exchange a value with lane `source` of the warp.
 template <typename T>
 T exchange(T value, int source) {
-  const int me = current;
-  uint64_t(&slot)[kLanes] = slots[lanes[me].shuffles++ % 2];
-  std::memcpy(&slot[me], &value, sizeof(T));
-  const unsigned thread = threadIdx.x;
-  swapcontext(&lanes[me].context, &scheduler);
-  current = me;
-  threadIdx.x = thread;
+  uint64_t(&slot)[kLanes] = slots[lanes[current].shuffles++ % 2];
+  std::memcpy(&slot[current % kLanes], &value, sizeof(T));
+  pause();
   std::memcpy(&value, &slot[source], sizeof(T));
   return value;
 }
@@ -87,6 +116,7 @@ struct Launch {
   Kernel kernel;
   dim3 grid;
   unsigned threads;
+  int64_t bytes = 0;  // of shared memory
 
   template <typename... Arguments>
   void operator()(const Arguments&... arguments) const {
@@ -96,29 +126,44 @@ struct Launch {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
         blockIdx = dim3(x, y);
-        for (unsigned thread = 0; thread < threads; thread += kLanes) {
-          run_warp(thread);
-        }
+        // Nothing is left from the block before; what is there differs with the order.
+        shared.assign(bytes / sizeof(double) + 1, backwards ? 0.0 : std::nan(""));
+        run_block(threads);
       }
     }
   }
 };
 
 template <typename Kernel>
-Launch<Kernel> launch(Kernel kernel, dim3 grid, unsigned threads) {
-  return {kernel, grid, threads};
+Launch<Kernel> launch(Kernel kernel, dim3 grid, unsigned threads, int64_t bytes = 0) {
+  return {kernel, grid, threads, bytes};
 }
 
 }  // namespace emulated
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int source, int width) {
-  return emulated::exchange(value, emulated::current / width * width + source % width);
+  return emulated::exchange(value, emulated::current % emulated::kLanes / width * width + source % width);
 }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
-  return emulated::exchange(value, emulated::current ^ distance);
+  return emulated::exchange(value, emulated::current % emulated::kLanes ^ distance);
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  unsigned votes = vote ? 1u << emulated::current % emulated::kLanes : 0;
+  for (int distance = 1; distance < emulated::kLanes; distance *= 2) {
+    votes |= __shfl_xor_sync(0xffffffffu, votes, distance);
+  }
+  return votes;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline void __syncthreads() {
+  ++emulated::lanes[emulated::current].barriers;
+  emulated::pause();
 }
 
 template <typename T>
@@ -129,3 +174,6 @@ T atomicAdd(T* to, T value) {
 }
 
 #define ASSIGNDETR_LAUNCH(kernel, grid, stream) emulated::launch(kernel, grid, kThreads)
+#define ASSIGNDETR_LAUNCH_BLOCKS(kernel, blocks, threads, bytes, stream) \
+  emulated::launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, bytes)
+#define ASSIGNDETR_SHARED(name) char* const name = reinterpret_cast<char*>(emulated::shared.data())

@@ -18,18 +18,30 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 @functools.cache
 def compiled(architecture: int) -> ctypes.CDLL:
-    """Compile the kernels as for `architecture`, such as 900: they differ in how they add to memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"emulated_{architecture}.so"
-        includes = [f"-I{_CSRC}", f"-I{_HERE}", f"-I{Path(torch.__file__).parent / 'include'}"]
-        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-DASSIGNDETR_ADDS_FOUR={int(architecture >= 900)}"]
-        command = [*os.environ.get("CXX", "c++").split(), *flags, *includes]
-        done = subprocess.run([*command, "-o", path, _HERE / "emulated_cuda.cpp"], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        library = ctypes.CDLL(str(path))
+    """Compile the kernels of attention as for `architecture`, such as 900: they differ in how they add to memory."""
+    library = _compile("emulated_cuda.cpp", f"-DASSIGNDETR_ADDS_FOUR={int(architecture >= 900)}")
     library.forward.restype = library.backward.restype = ctypes.c_char_p
     library.items_of.restype = ctypes.c_int64
     return library
+
+
+@functools.cache
+def compiled_solver() -> ctypes.CDLL:
+    """Compile the solver of assignment problems."""
+    library = _compile("emulated_assignment.cpp")
+    library.assign.restype = ctypes.c_int64
+    return library
+
+
+def _compile(source: str, *definitions: str) -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "emulated.so"
+        includes = [f"-I{_CSRC}", f"-I{_HERE}", f"-I{Path(torch.__file__).parent / 'include'}"]
+        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *definitions]
+        command = [*os.environ.get("CXX", "c++").split(), *flags, *includes]
+        done = subprocess.run([*command, "-o", path, _HERE / source], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(path))
 
 
 def _numbers(values) -> ctypes.Array:
@@ -101,3 +113,35 @@ def backward(grad_output, value, shapes, locations, weights, deterministic=False
     )
     assert error is None, error
     return tuple(grads)
+
+
+def assign(
+    costs: torch.Tensor,
+    problems: torch.Tensor,
+    unmatchable: float = 1e6,
+    shared_bytes: int = 100 << 10,
+    backwards: bool = False,
+) -> tuple[torch.Tensor, list[int]]:
+    """Return what the CUDA solver would, and how many problems are small, large, and large with scratch memory.
+
+    Args:
+        costs, problems: see ops.assignment.solve.
+        shared_bytes: that a block of the GPU may have.
+        backwards: run the last threads of a block first.
+    """
+    room = int(torch.minimum(problems[:, 2], problems[:, 1] * problems[:, 4]).sum())
+    pairs = torch.full((3, room), -1, dtype=torch.int64)
+    kinds = (ctypes.c_int64 * 3)()
+    found = compiled_solver().assign(
+        _address(costs),
+        _address(problems),
+        ctypes.c_int64(len(problems)),
+        ctypes.c_float(unmatchable),
+        ctypes.c_int64(shared_bytes),
+        ctypes.c_int(backwards),
+        ctypes.c_int64(room),
+        _address(pairs),
+        kinds,
+    )
+    assert found == room
+    return pairs, list(kinds)

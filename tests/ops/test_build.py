@@ -145,6 +145,8 @@ def test_the_cuda_sources_compile_link_and_load_without_a_gpu(monkeypatch):
     ):
         with pytest.raises(ValueError, match="needs tensors on a GPU, found cpu"):
             call()
+    with pytest.raises(ValueError, match="costs must be on a GPU, found cpu"):
+        torch.ops.assigndetr_ext.assign_cuda(torch.zeros(1), torch.zeros(0, 5, dtype=torch.int64), 1e6)
 
 
 def fake_toolkit(folder, release):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.aux_heads.rpn import _survivors_at_once
+from ops.assignment import gpu_solver_ready
 from tests.tiny import TINY, TWO_STAGE, tiny_args
 from tests.waits import Waits
 from util import bench_aux
@@ -141,7 +142,8 @@ def test_a_step_on_a_gpu_waits_as_often(column: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in found if "synchronizing" in str(w.message)]
-    assert len(waits) == sum(WAITS[column].values())
+    by_host = not gpu_solver_ready(torch.device("cuda"))  # the only `cpu`: the costs of the matching
+    assert len(waits) == sum(count for name, count in WAITS[column].items() if name != "cpu" or by_host)
 
 
 @pytest.mark.gpu

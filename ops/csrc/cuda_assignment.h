@@ -1,0 +1,364 @@
+// The cheapest assignment of slots to targets that may take several each, on the GPU: one block of threads per problem,
+// all problems in at most two launches, and the host never asks for a number. No PyTorch here, so that tests can compile
+// and run the kernel alone.
+//
+// Shortest augmenting paths with prices, as in assignment.h, with the columns shared out over the threads of a block: a
+// thread keeps to its own columns, and only the nearest column of a search is found together. Equal distances are
+// decided as there: a column without owner first, then the lowest number. So the pairs are always the same.
+//
+// The includer defines ASSIGNDETR_LAUNCH_BLOCKS(kernel, blocks, threads, bytes, stream), which launches with `bytes` of
+// shared memory, and ASSIGNDETR_SHARED(name), which declares that memory.
+#pragma once
+
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "cuda_layout.h"
+#include "problem.h"
+
+namespace assigndetr {
+
+constexpr int kOwned = 1 << 30;  // added to the number of a column that has an owner: nearer ones of equals have none
+constexpr int kSmallWarps = 4, kLargeWarps = 16;
+constexpr int64_t kSmallColumns = 1024;  // with more of them a problem gets kLargeWarps
+constexpr int64_t kSmallBytes = 48 << 10;  // every block may have so much shared memory without asking
+constexpr int64_t kNoScratch = -1;
+
+// A problem on its way to the device; all are int64 there.
+struct Task {
+  int64_t offset, targets, slots, stride, repeat;
+  int64_t number;   // of the problem in the table of the caller
+  int64_t start;    // of its pairs
+  int64_t scratch;  // byte where its memory begins in the scratch, or kNoScratch: in shared memory
+};
+constexpr int64_t kTaskFields = sizeof(Task) / sizeof(int64_t);
+
+// What is solved: rows that take `repeat` columns each. Rows are the targets. Where there are not enough slots for all,
+// rows are the slots, and columns the copies of targets.
+struct Form {
+  bool turned;
+  int rows, columns, repeat;
+};
+
+ASSIGNDETR_HD Form form_of(int64_t targets, int64_t slots, int64_t repeat) {
+  const int64_t copies = targets * repeat;
+  if (copies > slots) {
+    return {true, static_cast<int>(slots), static_cast<int>(copies), 1};
+  }
+  return {false, static_cast<int>(targets), static_cast<int>(slots), static_cast<int>(repeat)};
+}
+
+// The memory of a problem, 24 bytes for each row and column.
+struct State {
+  double *price, *distance;  // by column; a distance of -infinity: the search has passed it
+  double *level, *reached;   // by row: price of a column for it; its distance in the present search, infinity: none
+  int *owner, *from;         // by column: row that has it, -1: none; row that gave it its distance
+  int *entry, *count;        // by row: column it was reached through; columns it has
+};
+
+ASSIGNDETR_HD int64_t state_bytes(const Form& form) { return 24 * (int64_t(form.rows) + form.columns); }
+
+ASSIGNDETR_HD State state_in(char* memory, const Form& form) {
+  State s;
+  s.price = reinterpret_cast<double*>(memory), s.distance = s.price + form.columns;
+  s.level = s.distance + form.columns, s.reached = s.level + form.rows;
+  s.owner = reinterpret_cast<int*>(s.reached + form.rows), s.from = s.owner + form.columns;
+  s.entry = s.from + form.columns, s.count = s.entry + form.rows;
+  return s;
+}
+
+// A column and how far it is. Order: distance, then number.
+struct Near {
+  double distance;
+  int key;
+};
+
+ASSIGNDETR_HD bool nearer(const Near& a, const Near& b) {
+  return a.distance < b.distance || (a.distance == b.distance && a.key < b.key);
+}
+
+// The nearest of `lanes` neighbouring lanes, in all of them.
+template <int lanes>
+__device__ __forceinline__ Near nearest_of_lanes(Near own) {
+#pragma unroll
+  for (int step = lanes / 2; step > 0; step /= 2) {
+    const Near other{__shfl_xor_sync(0xffffffffu, own.distance, step), __shfl_xor_sync(0xffffffffu, own.key, step)};
+    own = nearer(other, own) ? other : own;
+  }
+  return own;
+}
+
+// Solves one problem; the threads of a block run it together.
+template <int kWarps>
+struct BlockSolver {
+  static constexpr int kBlock = kWarps * kWarp;
+
+  const float* cost;  // of the problem
+  int targets;
+  int64_t stride;
+  float unmatchable;  // stands for a cost that is not finite
+  Form form;
+  State s;
+  Near (*meeting)[kWarps];  // two rows in shared memory: a thread may be one search step ahead of another
+  int steps;
+
+  __device__ __forceinline__ const float* row_of(int row) const { return form.turned ? cost + row : cost + row * stride; }
+  __device__ __forceinline__ double read(const float* row, int column) const {
+    const float c = row[form.turned ? column % targets * stride : int64_t(column)];
+    return fabsf(c) <= FLT_MAX ? c : unmatchable;
+  }
+
+  __device__ void solve() {
+    choose_first();
+    for (int row = 0; row < form.rows; ++row) {
+      for (int left = form.repeat - s.count[row]; left > 0; --left) {
+        add_column(row);
+      }
+    }
+  }
+
+  // Set the level of every row to its repeat-th cheapest cost. What a row has cheaper goes to the row that gains most,
+  // which is then the price; the repeat-th to the first row that wants it.
+  __device__ void choose_first() {
+    const int thread = threadIdx.x, lane = thread % kWarp;
+    for (int row = thread / kWarp; row < form.rows; row += kWarps) {
+      const float* const costs = row_of(row);
+      Near last{-HUGE_VAL, -1};
+      for (int rank = 0; rank < form.repeat; ++rank) {
+        Near next{HUGE_VAL, INT_MAX};
+        for (int j = lane; j < form.columns; j += kWarp) {
+          const Near here{read(costs, j), j};
+          next = nearer(last, here) && nearer(here, next) ? here : next;
+        }
+        last = nearest_of_lanes<kWarp>(next);
+      }
+      if (lane == 0) {
+        s.level[row] = last.distance, s.entry[row] = last.key, s.reached[row] = HUGE_VAL, s.count[row] = 0;
+      }
+    }
+    __syncthreads();
+    const int wishes = form.repeat > 1 ? form.rows : 0;  // nothing is cheaper than the cheapest
+    for (int j = thread; j < form.columns; j += kBlock) {
+      double price = 0;
+      int owner = -1;
+#pragma unroll 1
+      for (int row = 0; row < wishes; ++row) {
+        const double gain = read(row_of(row), j) - s.level[row];
+        owner = gain < price ? row : owner;
+        price = gain < price ? gain : price;
+      }
+      s.price[j] = price, s.owner[j] = owner;
+      if (owner >= 0) {
+        atomicAdd(s.count + owner, 1);
+      }
+    }
+    __syncthreads();
+    for (int row = 0; thread == 0 && row < form.rows; ++row) {
+      const int column = s.entry[row];
+      if (s.count[row] < form.repeat && s.owner[column] < 0) {
+        s.owner[column] = row, ++s.count[row];
+      }
+    }
+    __syncthreads();
+  }
+
+  // Give `target` one more column by the cheapest chain of exchanges.
+  __device__ void add_column(int target) {
+    const int thread = threadIdx.x;
+    if (thread == 0) {
+      s.reached[target] = 0;
+    }
+    double least = 0;
+    int row = target, sink;
+    while (true) {
+      const Near found = block_nearest(row == target ? look<true>(row, least) : look<false>(row, least));
+      least = found.distance, sink = found.key & ~kOwned;
+      if (!(found.key & kOwned)) {
+        break;
+      }
+      row = s.owner[sink];
+      if (thread == 0) {
+        s.entry[row] = sink, s.reached[row] = least;
+      }
+    }
+    for (int j = thread; j < form.columns; j += kBlock) {
+      if (s.distance[j] == -HUGE_VAL) {
+        s.price[j] -= least - s.reached[s.owner[j]];
+      }
+    }
+    __syncthreads();  // from here on owners change
+    if (thread == 0) {
+      exchange(target, sink);
+    }
+    for (int r = thread; r < form.rows; r += kBlock) {
+      if (s.reached[r] < HUGE_VAL) {
+        s.level[r] += least - s.reached[r];
+        s.reached[r] = HUGE_VAL;
+      }
+    }
+    __syncthreads();
+  }
+
+  // Write down what is nearer by way of `row`, which the search has reached at `least`; return the nearest column that
+  // it has not passed, of this thread's. Columns of the row itself are as near as the row: passed.
+  template <bool first>
+  __device__ __forceinline__ Near look(int row, double least) {
+    const float* const costs = row_of(row);
+    const double offset = least - s.level[row];
+    Near nearest{HUGE_VAL, INT_MAX};
+    for (int j = threadIdx.x; j < form.columns; j += kBlock) {
+      const int owner = s.owner[j];
+      double distance = first ? HUGE_VAL : s.distance[j];
+      if (owner == row) {
+        s.distance[j] = -HUGE_VAL;
+        continue;
+      }
+      if (distance == -HUGE_VAL) {
+        continue;
+      }
+      const double here = (read(costs, j) - s.price[j]) + offset;
+      if (here < distance) {
+        s.distance[j] = distance = here, s.from[j] = row;
+      }
+      const Near candidate{distance, owner < 0 ? j : j | kOwned};
+      nearest = nearer(candidate, nearest) ? candidate : nearest;
+    }
+    return nearest;
+  }
+
+  // The nearest of all threads, in all of them. Whatever they wrote before is seen afterwards.
+  __device__ __forceinline__ Near block_nearest(Near own) {
+    own = nearest_of_lanes<kWarp>(own);
+    Near* const places = meeting[steps++ % 2];
+    if (threadIdx.x % kWarp == 0) {
+      places[threadIdx.x / kWarp] = own;
+    }
+    __syncthreads();
+    return nearest_of_lanes<kWarps>(places[threadIdx.x % kWarps]);
+  }
+
+  // Walk back from `column` to `target`: each row on the way gives away the column it was reached through and gets the
+  // one that was reached through it.
+  __device__ void exchange(int target, int column) {
+    ++s.count[target];
+    while (true) {
+      const int row = s.from[column];
+      s.owner[column] = row;
+      if (row == target) {
+        return;
+      }
+      column = s.entry[row];
+    }
+  }
+
+  // Write slots (ascending) and targets.
+  __device__ void write(int64_t* slots, int64_t* picked) const {
+    if (form.turned) {
+      for (int j = threadIdx.x; j < form.columns; j += kBlock) {
+        if (const int slot = s.owner[j]; slot >= 0) {
+          slots[slot] = slot, picked[slot] = j % targets;
+        }
+      }
+      return;
+    }
+    const unsigned lane = threadIdx.x;
+    if (lane >= kWarp) {
+      return;
+    }
+    int before = 0;
+    for (int first = 0; first < form.columns; first += kWarp) {
+      const int j = first + static_cast<int>(lane), owner = j < form.columns ? s.owner[j] : -1;
+      const unsigned taken = __ballot_sync(0xffffffffu, owner >= 0);
+      if (owner >= 0) {
+        const int at = before + __popc(taken & ((1u << lane) - 1));
+        slots[at] = j, picked[at] = owner;
+      }
+      before += __popc(taken);
+    }
+  }
+};
+
+// Solve tasks[blockIdx.x]. `pairs` (3, total): problem, slot and target of every pair.
+template <int kWarps>
+__global__ void __launch_bounds__(kWarps* kWarp, kWarps == kSmallWarps ? 4 : 1)
+    solve_assignment(const float* __restrict__ costs, const Task* __restrict__ tasks, float unmatchable,
+                     char* scratch, int64_t total, int64_t* __restrict__ pairs) {
+  __shared__ Near meeting[2][kWarps];
+  ASSIGNDETR_SHARED(shared);
+  const Task task = tasks[blockIdx.x];
+  const Form form = form_of(task.targets, task.slots, task.repeat);
+  char* memory = shared;
+  if constexpr (kWarps == kLargeWarps) {
+    memory = task.scratch == kNoScratch ? shared : scratch + task.scratch;
+  }
+  BlockSolver<kWarps> solver{
+      costs + task.offset,    static_cast<int>(task.targets), task.stride, unmatchable, form,
+      state_in(memory, form), meeting,                        0};
+  solver.solve();
+  int64_t* const own = pairs + task.start;
+  solver.write(own + total, own + 2 * total);
+  const int64_t count = form.turned ? form.rows : int64_t(form.rows) * form.repeat;
+  for (int64_t i = threadIdx.x; i < count; i += kWarps * kWarp) {
+    own[i] = task.number;
+  }
+}
+
+// How a call is launched: small problems with few threads each, the others with many.
+struct AssignmentPlan {
+  std::vector<Task> tasks;  // small ones first; none for problems without pairs
+  int64_t small = 0;        // how many are small
+  int64_t pairs = 0;
+  int64_t small_bytes = 0, large_bytes = 0;  // of shared memory of a block
+  int64_t scratch_bytes = 0;
+};
+
+// Make the plan for problems whose `cost` counts from `costs`. A block may have `shared_bytes` of shared memory.
+inline AssignmentPlan plan_assignment(const std::vector<Problem>& problems, const float* costs, int64_t shared_bytes) {
+  AssignmentPlan plan;
+  std::vector<Task> large;
+  for (size_t i = 0; i < problems.size(); ++i) {
+    const Problem& p = problems[i];
+    if (p.pairs() == 0) {
+      continue;
+    }
+    const Form form = form_of(p.targets, p.slots, p.repeat);
+    const int64_t bytes = state_bytes(form);
+    Task task{p.cost - costs, p.targets, p.slots, p.stride, p.repeat, static_cast<int64_t>(i), plan.pairs, kNoScratch};
+    plan.pairs += p.pairs();
+    if (form.columns <= kSmallColumns && bytes <= kSmallBytes - 1024) {  // less what the kernel has for itself
+      plan.small_bytes = std::max(plan.small_bytes, bytes);
+      plan.tasks.push_back(task);
+      continue;
+    }
+    if (bytes <= shared_bytes - 2048) {
+      plan.large_bytes = std::max(plan.large_bytes, bytes);
+    } else {
+      task.scratch = plan.scratch_bytes;
+      plan.scratch_bytes += bytes;
+    }
+    large.push_back(task);
+  }
+  plan.small = static_cast<int64_t>(plan.tasks.size());
+  plan.tasks.insert(plan.tasks.end(), large.begin(), large.end());
+  return plan;
+}
+
+// Launch a plan whose tasks lie at `tasks` on the device.
+template <typename Stream>
+void launch_assignment(const AssignmentPlan& plan, const float* costs, const Task* tasks, float unmatchable,
+                       char* scratch, int64_t* pairs, Stream stream) {
+  if (plan.small > 0) {
+    ASSIGNDETR_LAUNCH_BLOCKS(solve_assignment<kSmallWarps>, plan.small, kSmallWarps* kWarp, plan.small_bytes, stream)
+    (costs, tasks, unmatchable, scratch, plan.pairs, pairs);
+  }
+  const int64_t large = static_cast<int64_t>(plan.tasks.size()) - plan.small;
+  if (large > 0) {
+    ASSIGNDETR_LAUNCH_BLOCKS(solve_assignment<kLargeWarps>, large, kLargeWarps* kWarp, plan.large_bytes, stream)
+    (costs, tasks + plan.small, unmatchable, scratch, plan.pairs, pairs);
+  }
+}
+
+}  // namespace assigndetr
