@@ -105,9 +105,7 @@ def _backward(
         return (grads[0], grads[1] if wants_reference else reference_points.new_empty(0), *grads[2:])
     kernel = getattr(torch.ops.assigndetr_ext, f"backward_fused_{backend}")
     points = (tensor.contiguous() for tensor in (reference_points, offsets, logits))
-    grads = kernel(
-        grad_output.to(value.dtype).contiguous(), value.contiguous(), level_shapes, *points, wants_reference
-    )
+    grads = kernel(grad_output.to(value.dtype).contiguous(), value.contiguous(), level_shapes, *points, wants_reference)
     own = (value, reference_points, offsets, logits)
     return tuple(grad.to(tensor.dtype) for grad, tensor in zip(grads, own, strict=True))
 

@@ -74,7 +74,7 @@ ASSIGNDETR_INLINE void compute_weights(const Problem<T>& p, const T* logits, Scr
   constexpr int lanes = kLanes<T>;
   using V = Vector<T, lanes>;
   T* const attend = scratch.attend.data();
-  const V nothing = V{} - std::numeric_limits<T>::infinity();
+  const V nothing = V{} + kLowest<T>;
   V top = nothing;
   for (int64_t s = 0; s < p.samples; s += lanes) {
     V logit;

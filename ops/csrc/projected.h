@@ -48,6 +48,9 @@ ASSIGNDETR_HD T box_share(int64_t points) {
   return T(0.5) / static_cast<T>(points);
 }
 
+template <typename T>
+constexpr T kLowest = -std::numeric_limits<T>::infinity();
+
 // The softmax over the samples of an item: a sample weighs exp(logit - top) * scale.
 template <typename T>
 struct Softmax {
@@ -62,7 +65,7 @@ struct Softmax {
 // One thread goes over all logits.
 template <typename T, typename Logit>
 ASSIGNDETR_HD Softmax<T> softmax_of(const Logit* logits, int64_t samples) {
-  Softmax<T> found{-std::numeric_limits<T>::infinity(), T(0)};
+  Softmax<T> found{kLowest<T>, T(0)};
   for (int64_t s = 0; s < samples; ++s) {
     const T logit = static_cast<T>(logits[s]);
     found.top = logit > found.top ? logit : found.top;
