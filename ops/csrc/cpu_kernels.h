@@ -290,7 +290,7 @@ ASSIGNDETR_INLINE void finish_gradient(const Problem<T>& p, int64_t item, const 
     }
   }
   if (computed) {
-    project_gradient(p, item, scratch.attend.data(), scratch, to);
+    project_gradient(p, item, scratch, to);
   }
 }
 

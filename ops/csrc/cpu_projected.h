@@ -123,7 +123,7 @@ template <typename T>
 ASSIGNDETR_TARGET static void compute_samples(const Problem<T>& p, int64_t item, Scratch<T>& scratch) {
   compute_weights(p, p.source.attend + item * p.samples, scratch);
   compute_scale(p, item, scratch);
-  T* const where = scratch.where.data();
+  T* const __restrict__ where = scratch.where.data();
   const T* point = p.source.reference + item / p.n.heads * p.levels * p.source.numbers;
   T* to = where;
   for (int64_t l = 0; l < p.levels; ++l, point += p.source.numbers) {
@@ -131,33 +131,35 @@ ASSIGNDETR_TARGET static void compute_samples(const Problem<T>& p, int64_t item,
       __builtin_memcpy(to, point, 2 * sizeof(T));
     }
   }
-  const T* const offsets = p.source.where + 2 * item * p.samples;
-  const T* const scale = scratch.scale.data();
+  const T* const __restrict__ offsets = p.source.where + 2 * item * p.samples;
+  const T* const __restrict__ scale = scratch.scale.data();
   for (int64_t i = 0; i < 2 * p.samples; ++i) {
     where[i] += offsets[i] * scale[i];
   }
 }
 
 // Turn the gradients of an item's locations and weights, in `scratch`, into those of offsets, logits and reference
-// point. `attend` are the weights of the item.
+// point. Its weights are in `scratch` too.
 template <typename T>
-ASSIGNDETR_TARGET static void project_gradient(const Problem<T>& p, int64_t item, const T* attend, Scratch<T>& scratch,
+ASSIGNDETR_TARGET static void project_gradient(const Problem<T>& p, int64_t item, Scratch<T>& scratch,
                                                const SourceGradient<T>& to) {
   constexpr int lanes = kLanes<T>;
   using V = Vector<T, lanes>;
-  const T *const by_weight = scratch.grad_attend.data(), *const by_place = scratch.grad_where.data();
+  const T* const __restrict__ attend = scratch.attend.data();
+  const T* const __restrict__ by_weight = scratch.grad_attend.data();
+  const T* const __restrict__ by_place = scratch.grad_where.data();
   V sums{};
   for (int64_t s = 0; s < p.samples; s += lanes) {
     sums += load<V>(attend + s) * load<V>(by_weight + s);
   }
   const T mean = sum_of_lanes<T, lanes>(sums)[0];
-  T* const by_logit = to.attend + item * p.samples;
+  T* const __restrict__ by_logit = to.attend + item * p.samples;
   for (int64_t s = 0; s < p.samples; ++s) {
     by_logit[s] = attend[s] * (by_weight[s] - mean);
   }
   compute_scale(p, item, scratch);
-  const T* const scale = scratch.scale.data();
-  T* const by_offset = to.where + 2 * item * p.samples;
+  const T* const __restrict__ scale = scratch.scale.data();
+  T* const __restrict__ by_offset = to.where + 2 * item * p.samples;
   for (int64_t i = 0; i < 2 * p.samples; ++i) {
     by_offset[i] = by_place[i] * scale[i];
   }

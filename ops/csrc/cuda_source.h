@@ -2,8 +2,8 @@
 // are (StoredSource), or computed from and turned into reference points, offsets and logits (FusedSource).
 //
 // A source is an argument of a kernel. FastReader and FastWriter serve the lanes that share an item in cuda_fast.h,
-// GenericReader and GenericWriter one thread of cuda_generic.h, which are told where levels begin and end. In the fast kernels registers are scarce: what is
-// quickly read or computed again is not kept over the reading of the cells.
+// GenericReader and GenericWriter one thread of cuda_generic.h, which are told where levels begin and end. In the fast
+// kernels registers are scarce: what is quickly read or computed again is not kept while the cells are read.
 #pragma once
 
 #include <type_traits>

@@ -163,7 +163,7 @@ at::Tensor forward(const at::Tensor& value, at::IntArrayRef level_shapes, const 
   return output.to(value.scalar_type());
 }
 
-// Sum what the heads give to the reference points: (image, query, head, ...) to (image, query, ...), the heads in order.
+// Sum what the heads give to the reference points, (image, query, head, ...) to (image, query, ...), in their order.
 template <typename T>
 void add_heads(const T* from, int64_t queries, int64_t heads, int64_t numbers, T* to) {
   at::parallel_for(0, queries, /*grain_size=*/256, [&](int64_t begin, int64_t end) {

@@ -13,8 +13,8 @@ namespace assigndetr {
 // What a call brings in. Samples are the levels x points of one (image, query, head), one item after the other.
 template <typename T>
 struct Source {
-  const T* where;    // two numbers per sample: its location or, if there are reference points, its offset from one
-  const T* attend;   // one number per sample: its weight or, if there are reference points, its logit
+  const T* where;      // two numbers per sample: its location or, if there are reference points, its offset from one
+  const T* attend;     // one number per sample: its weight or, if there are reference points, its logit
   const T* reference;  // (image, query, level, numbers), or null
   int numbers;         // 2: points x, y; 4: boxes cx, cy, w, h
 };
