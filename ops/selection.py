@@ -18,11 +18,13 @@ from . import build
 BACKENDS = ("reference", "cpu", "cuda")
 VARIABLE = "ASSIGNDETR_OPS_BACKEND"
 ISA_VARIABLE = "ASSIGNDETR_CPU_ISA"  # kIsaVariable in csrc/cpu_dispatch.h
-
 FUSED_VARIABLE = "ASSIGNDETR_FUSED"
 
 _forced = "auto"
-_fused = os.environ.get(FUSED_VARIABLE, "1") != "0"  # read here, as graphs that are compiled cannot read it
+_asked = os.environ.get(FUSED_VARIABLE) or "1"  # read here, as graphs that are compiled cannot read it
+if _asked not in ("0", "1"):
+    raise ValueError(f"{FUSED_VARIABLE} is '{_asked}'; allowed: 0, 1")
+_fused = _asked == "1"
 _failed: dict[str, str] = {}  # kernel -> why it could not be loaded; one attempt per process
 _loaded: set[str] = set()
 _reported: set[str] = set()  # kernels whose absence has been printed

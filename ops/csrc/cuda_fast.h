@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<scalar_t, Source>)
       const int columns = plan.level[l].width;
       for (int first = 0; first < plan.points; first += chunk) {
         const int point = first + lane % chunk;
-        const Spot spot = reader.spot(plan, l, point, reader.origin(plan, l));
+        const Spot spot = reader.spot(plan, l, point, reader.template origin<true>(plan, l));
         float dots[chunk][4] = {};
 #pragma unroll
         for (int source = 0; source < chunk; ++source) {

@@ -94,7 +94,10 @@ struct FastReader<StoredSource<float>, lanes> {
   __device__ __forceinline__ FastReader(const Plan& plan, const StoredSource<float>& source, const Item& item, int)
       : source(source), first(item.index * plan.levels * plan.points) {}
 
-  __device__ __forceinline__ Origin origin(const Plan&, int) const { return {}; }
+  template <bool again = false>
+  __device__ __forceinline__ Origin origin(const Plan&, int) const {
+    return {};
+  }
 
   // The sample of this lane: point `point` of level `l`. A point that does not exist weighs nothing.
   __device__ __forceinline__ Spot spot(const Plan& plan, int l, int point, Origin) const {
@@ -128,12 +131,16 @@ template <typename scalar_t, int lanes>
 struct FastReader<FusedSource<scalar_t, float>, lanes> {
   using Source = FusedSource<scalar_t, float>;
   const Source& source;
-  const int64_t first;  // sample of the item
+  const int64_t first;        // sample of the item
+  const float* const points;  // the reference points of the query, level by level
   const int query;
   Softmax<float> softmax;
 
   __device__ __forceinline__ FastReader(const Plan& plan, const Source& source, const Item& item, int lane)
-      : source(source), first(item.index * plan.levels * plan.points), query(item.query) {
+      : source(source),
+        first(item.index * plan.levels * plan.points),
+        points(points_of(plan, source, item.query)),
+        query(item.query) {
     const scalar_t* const logits = source.logits + first;
     const int samples = plan.levels * plan.points;
     float top = kLowest<float>, sum = 0.0f;
@@ -150,10 +157,17 @@ struct FastReader<FusedSource<scalar_t, float>, lanes> {
     softmax = {top, 1.0f / sum_of_lanes<lanes>(sum)};
   }
 
-  __device__ __forceinline__ Anchor<float> origin(const Plan& plan, int l) const {
+  static __device__ __forceinline__ const float* points_of(const Plan& plan, const Source& source, int query) {
     const int64_t row = int64_t(blockIdx.y) * plan.queries + query;  // a row of blocks takes an image
-    const float* const point = source.reference + (row * plan.levels + l) * source.numbers;
-    return anchor_at(point, source.numbers, plan.level[l].cell_x, plan.level[l].cell_y, source.share);
+    return source.reference + row * plan.levels * source.numbers;
+  }
+
+  // Where the samples of a level begin; `again`: from the number of the query, which takes a register less to keep.
+  template <bool again = false>
+  __device__ __forceinline__ Anchor<float> origin(const Plan& plan, int l) const {
+    const float* const from = again ? points_of(plan, source, query) : points;
+    return anchor_at(from + l * source.numbers, source.numbers, plan.level[l].cell_x, plan.level[l].cell_y,
+                     source.share);
   }
 
   __device__ __forceinline__ Spot spot(const Plan& plan, int l, int point, const Anchor<float>& from) const {
@@ -181,7 +195,7 @@ struct FastWriter<FusedSource<scalar_t, float>, lanes> {
     const SampleGradient by = sample_gradient(spot, dots, plan.level[l]);
     const int64_t sample = reader.first + l * plan.points + (exists ? point : plan.points - 1);
     const Vec<scalar_t, 2> offset = load<scalar_t, 2>(reader.source.offsets + 2 * sample);
-    const Anchor<float> from = reader.origin(plan, l);
+    const Anchor<float> from = reader.template origin<true>(plan, l);
     mean += exists ? spot.attention * by.weight : 0.0f;
     if (writes) {
       to.logits[sample] = by.weight;  // end_item() makes it a gradient of the logit

@@ -1,6 +1,7 @@
 """The operator that computes locations and weights, and the layer that uses it, against those that store them."""
 
 import functools
+import importlib.util
 
 import pytest
 import torch
@@ -54,7 +55,6 @@ def layer_way():
     ops.set_fused(before)
 
 
-@functools.cache
 def draw(case, numbers, batch=2):
     """Return float64 value, reference points, offsets, logits and a gradient of the output; some samples outside."""
     width, queries, heads, levels, points = CASES[case] if isinstance(case, str) else case
@@ -123,9 +123,10 @@ def test_the_bits_are_the_same_for_any_number_of_threads(isa, case):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_rounded_once_and_its_locations_are_float32(device, dtype):
-    rounded = [tensor.to(dtype).double() for tensor in draw("tiles", 2)]
-    leaves = [tensor.to(device, dtype).requires_grad_() for tensor in rounded[:4]]
-    leaves[1] = rounded[1].to(device, torch.float32).requires_grad_()
+    # Points in bfloat16 and offsets in bfloat16 would meet borders of cells, where the gradient jumps.
+    types = (dtype, torch.float32, dtype, dtype, dtype)
+    rounded = [tensor.to(kind).double() for tensor, kind in zip(draw("tiles", 2), types, strict=True)]
+    leaves = [tensor.to(device, kind).requires_grad_() for tensor, kind in zip(rounded[:4], types)]
     output = ops.ms_deform_attn_fused(leaves[0], SHAPES, *leaves[1:])
     found = (output, *torch.autograd.grad(output, leaves, rounded[4].to(device, dtype)))
     wanted = run(stored, rounded, torch.float64, device)
@@ -264,6 +265,23 @@ def test_less_is_kept_for_the_backward_pass_under_autocast_and_never_more(layer_
         layer_way(on)
         kept[on] = case.kept()
     assert kept[True] <= kept[False] * (0.8 if dtype == torch.bfloat16 else 1)
+
+
+def loaded_again():
+    """Return a second copy of the module that reads the environment when it is loaded."""
+    spec = importlib.util.spec_from_file_location("ops._selection_again", ops.selection.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_environment_switches_the_fused_operator_off_and_refuses_other_words(monkeypatch):
+    for text, on in (("0", False), ("1", True), ("", True)):
+        monkeypatch.setenv("ASSIGNDETR_FUSED", text)
+        assert loaded_again().fused() is on
+    monkeypatch.setenv("ASSIGNDETR_FUSED", "off")
+    with pytest.raises(ValueError, match="ASSIGNDETR_FUSED is 'off'; allowed: 0, 1"):
+        loaded_again()
 
 
 def test_wrong_input_is_refused_with_what_was_found():
