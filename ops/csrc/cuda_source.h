@@ -24,6 +24,7 @@ inline bool aligned(const void* address, int bytes = 16) { return reinterpret_ca
 
 template <typename T>
 struct StoredSource {
+  using Sum = T;
   const T* locations;
   const T* weights;
 
@@ -38,6 +39,8 @@ struct StoredSource {
 // Offsets and logits have the type of the values, reference points that of the sums.
 template <typename scalar_t, typename T>
 struct FusedSource {
+  using Number = scalar_t;
+  using Sum = T;
   const scalar_t* offsets;
   const scalar_t* logits;
   const T* reference;

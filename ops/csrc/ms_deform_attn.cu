@@ -124,9 +124,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(const at::Tensor& g
   }
   at::Tensor grad_locations = at::empty(locations.sizes(), options);
   at::Tensor grad_weights = at::empty(weights.sizes(), options);
-  const auto write = [&]<typename T>(const StoredSource<T>&) {
-    return typename StoredSource<T>::Gradient{grad_locations.mutable_data_ptr<T>(),
-                                              grad_weights.mutable_data_ptr<T>()};
+  const auto write = [&](const auto& source) {
+    using Source = std::decay_t<decltype(source)>;
+    using T = typename Source::Sum;
+    return typename Source::Gradient{grad_locations.mutable_data_ptr<T>(), grad_weights.mutable_data_ptr<T>()};
   };
   const at::Tensor grad_value = backward(grad_output, value, levels, n, read_stored(locations, weights), write,
                                          [&] { return largest(weights); });
@@ -160,10 +161,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_fused_cuda(
   if (wants_reference) {
     by_head = at::empty({n.batch, n.queries, n.heads, levels.count, reference.size(3)}, options);
   }
-  const auto write = [&]<typename scalar_t, typename T>(const FusedSource<scalar_t, T>&) {
-    return typename FusedSource<scalar_t, T>::Gradient{grad_offsets.mutable_data_ptr<scalar_t>(),
-                                                       grad_logits.mutable_data_ptr<T>(),
-                                                       wants_reference ? by_head.mutable_data_ptr<T>() : nullptr};
+  const auto write = [&](const auto& source) {
+    using Source = std::decay_t<decltype(source)>;
+    using T = typename Source::Sum;
+    return typename Source::Gradient{grad_offsets.mutable_data_ptr<typename Source::Number>(),
+                                     grad_logits.mutable_data_ptr<T>(),
+                                     wants_reference ? by_head.mutable_data_ptr<T>() : nullptr};
   };
   // A softmax is at most 1, and no number where a logit is none.
   const auto largest_weight = [&] { return at::amax(logits).to(reference.scalar_type()).mul(0).add(1); };
