@@ -1,9 +1,10 @@
 """Measure the operator's backends on this machine: `python ops/benchmark.py`.
 
-Prints three tables: the time of a forward pass and of a forward with a backward pass as ratios to the reference (plain
-PyTorch, one grid_sample per level), the error of every backend against the reference in float64, and whether two
-backward passes give the same bits. All candidates of a row run in one process by turns, so that what else the machine
-does falls on all of them alike.
+Prints tables: the time of a forward pass and of a forward with a backward pass as ratios to the reference (plain
+PyTorch, one grid_sample per level); the error of every backend against the reference in float64, and whether two
+backward passes give the same bits; and, for the attention layer as a whole, the time and the memory kept for the
+backward pass with the fused operator and without. All candidates of a row run in one process by turns, so that what
+else the machine does falls on all of them alike.
 
 With one thread the CPU is timed in seconds of the process, which others on the machine do not lengthen; with more, and
 on a GPU, by the clock. The `cpu` backend is measured once per instruction set of the machine.
@@ -30,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ops
-from ops import selection
+from ops import benchmark_layer, selection
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # an image of 800 x 1333, strides 8 to 64
 HEADS, WIDTH, POINTS = 8, 32, 4
@@ -76,20 +77,24 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; see the module's docstring."""
     args = parse(arguments)
-    report = {"machine": machine(), "arguments": vars(args), "times": [], "errors": []}
+    report = {"machine": machine(), "arguments": vars(args), "times": [], "errors": [], "layers": []}
     print("\n".join(report["machine"]), flush=True)
     candidates = available(args.backends, args.devices)
     for device in dict.fromkeys(candidate.device for candidate in candidates):
         own = [candidate for candidate in candidates if candidate.device == device]
-        for dtype in args.dtypes:
+        for dtype in args.dtypes if "operator" in args.what else ():
             print(f"\nErrors on {device}, {dtype}: largest difference from float64 over the largest number\n")
             report["errors"] += errors(own, dtype, args.dist)
         for threads in args.threads if device == "cpu" else args.threads[:1]:
             torch.set_num_threads(threads)
             for dtype in args.dtypes:
-                title = f"{args.dist} locations, {dtype}, batch {args.batch}"
-                print(f"\nTimes on {device}, {title}" + (f", {threads} thread(s)" if device == "cpu" else "") + "\n")
-                report["times"] += times(own, dtype, threads, args)
+                title = f"{dtype}, batch {args.batch}" + (f", {threads} thread(s)" if device == "cpu" else "")
+                if "operator" in args.what:
+                    print(f"\nTimes on {device}, {args.dist} locations, {title}\n")
+                    report["times"] += times(own, dtype, threads, args)
+                if "layer" in args.what:
+                    print(f"\nThe attention layer on {device}, {title}\n")
+                    report["layers"] += layers(own[:2][-1], dtype, threads, args)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=2, default=asdict) + "\n")
 
@@ -97,6 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return the checked command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--what", nargs="+", default=["operator", "layer"], choices=("operator", "layer"), help="what to measure"
+    )
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES, help="encoder and decoder calls")
     parser.add_argument("--dtypes", nargs="+", default=["fp32"], choices=DTYPES, help="type of the value")
     parser.add_argument("--backends", nargs="+", default=list(selection.BACKENDS), choices=selection.BACKENDS)
@@ -270,19 +278,45 @@ def times(candidates: Sequence[Candidate], dtype: str, threads: int, args: argpa
     return found
 
 
+def layers(candidate: Candidate, dtype: str, threads: int, args: argparse.Namespace) -> list[benchmark_layer.LayerRow]:
+    """Print and return times and kept memory of the attention layer, computed by the fastest backend in both ways."""
+    found = []
+    head = ("", "pass", "layer", "ms (median)", "least .. most", "times the unfused's speed", "kept MiB")
+    print(table([head]), flush=True)
+    for shape in args.shapes:
+        points = benchmark_layer.reference_points(SHAPES[shape], len(LEVELS), centres(), args.batch)
+        case = benchmark_layer.LayerCase(LEVELS, points, DTYPES[dtype], candidate.device)
+        labels = (shape, dtype, candidate.name)
+        with active(candidate):
+            for row in benchmark_layer.rows(
+                case, labels, threads, lambda runs: by_turns(runs, candidate.device, threads, args.repeats)[0]
+            ):
+                found.append(row)
+                spread = f"{1e3 * row.least:.2f} .. {1e3 * row.most:.2f}"
+                cells = (f"{1e3 * row.median:.2f}", spread, f"{row.ratio:.2f}", f"{row.kept / 2**20:.1f}")
+                print(table_line((shape, row.mode, row.way, *cells)), flush=True)
+    return found
+
+
 def measure(
     candidates: Sequence[Candidate], call: Callable[[], object], threads: int, repeats: int
 ) -> tuple[dict[str, list[float]], str]:
     """Return the seconds of one call, `repeats` times for every candidate, by turns, and the name of the clock."""
-    gpu = candidates[0].device == "cuda"
+    runs = {candidate.name: (lambda candidate=candidate: active(candidate), call) for candidate in candidates}
+    return by_turns(runs, candidates[0].device, threads, repeats)
+
+
+def by_turns(runs: benchmark_layer.Runs, device: str, threads: int, repeats: int) -> tuple[dict[str, list[float]], str]:
+    """Return the seconds of one call, `repeats` times for every run, by turns, and the name of the clock."""
+    gpu = device == "cuda"
     clock = time.process_time if threads == 1 and not gpu else time.perf_counter
     wait = torch.cuda.synchronize if gpu else lambda: None
-    samples: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
-    calls = {}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    counts = {}
     for repetition in range(-1, repeats):
-        for candidate in candidates:
-            with active(candidate):
-                count = calls.get(candidate.name, 1)
+        for name, (enter, call) in runs.items():
+            with enter():
+                count = counts.get(name, 1)
                 wait()
                 start = clock()
                 for _ in range(count):
@@ -290,9 +324,9 @@ def measure(
                 wait()
                 seconds = (clock() - start) / count
             if repetition < 0:  # the first call warms up, and tells how many make a time long enough to read
-                calls[candidate.name] = max(1, min(20, round(0.05 / max(seconds, 1e-6))))
+                counts[name] = max(1, min(20, round(0.05 / max(seconds, 1e-6))))
             else:
-                samples[candidate.name].append(seconds)
+                samples[name].append(seconds)
     return samples, clock.__name__
 
 

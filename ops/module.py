@@ -6,7 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .fused import ms_deform_attn_fused, sampling_points
 from .ms_deform_attn import ms_deform_attn
+from .selection import fused
 
 
 class MSDeformAttn(nn.Module):
@@ -90,22 +92,12 @@ class MSDeformAttn(nn.Module):
             value = value.masked_fill(padding[..., None], 0.0)
         value = value.unflatten(2, (self.n_heads, self.d_model // self.n_heads))
         shape = (batch, queries, self.n_heads, self.n_levels, self.n_points)
-        # A location rounded to bfloat16 is off by up to a third of a cell on a map 167 cells wide, so from here to
-        # the operator everything is at least float32, also under autocast.
-        offsets = at_least_float32(self.sampling_offsets(query)).view(*shape, 2)
-        weights = at_least_float32(self.attention_weights(query)).view(*shape[:3], self.n_levels * self.n_points)
-        weights = weights.softmax(-1).view(shape)
-        locations = self._locations(at_least_float32(reference), offsets, level_shapes)
+        offsets = self.sampling_offsets(query).view(*shape, 2)
+        logits = self.attention_weights(query).view(shape)
+        if fused():
+            return self.output_proj(ms_deform_attn_fused(value, level_shapes, reference, offsets, logits))
+        locations, weights = sampling_points(reference, offsets, logits, level_shapes)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights).to(value.dtype))
-
-    def _locations(self, reference: Tensor, offsets: Tensor, level_shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Add the offsets (B, Q, heads, levels, points, 2) to the reference points."""
-        reference = reference[:, :, None, :, None, :]
-        if reference.shape[-1] == 4:
-            return reference[..., :2] + offsets / self.n_points * reference[..., 2:] * 0.5
-        sizes = torch.tensor([(w, h) for h, w in level_shapes], dtype=offsets.dtype)
-        sizes = sizes.to(offsets.device, non_blocking=True)  # a plain copy would wait for the GPU in every layer
-        return reference + offsets / sizes[:, None, :]
 
     def _check(self, query, reference, memory, level_shapes, padding) -> None:
         batch, queries = query.shape[:2]

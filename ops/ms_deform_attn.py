@@ -53,7 +53,7 @@ def ms_deform_attn(
     Raises:
         ValueError: if shapes, types or devices do not fit together, or a forced backend cannot compute them.
     """
-    shapes = _flatten(level_shapes)
+    shapes = flatten(level_shapes)
     _check(value, shapes, locations, weights)
     if not _AUTOCAST_IN_OPERATOR and torch.is_autocast_enabled(value.device.type):
         value, locations, weights = (t if t.dtype == torch.float64 else t.float() for t in (value, locations, weights))
@@ -130,7 +130,7 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _flatten(level_shapes: Sequence[tuple[int, int]] | Sequence[int] | Tensor) -> list[int]:
+def flatten(level_shapes: Sequence[tuple[int, int]] | Sequence[int] | Tensor) -> list[int]:
     """Return h0, w0, h1, w1, ... as a list."""
     if isinstance(level_shapes, Tensor) and level_shapes.device.type != "cpu":
         raise ValueError(
@@ -146,34 +146,45 @@ def _flatten(level_shapes: Sequence[tuple[int, int]] | Sequence[int] | Tensor) -
 
 
 def _check(value: Tensor, shapes: list[int], locations: Tensor, weights: Tensor) -> None:
-    tensors = {"value": value, "locations": locations, "weights": weights}
+    check_types({"value": value, "locations": locations, "weights": weights})
+    check_shapes(value, shapes, locations, weights, ("locations", "weights"))
+
+
+def check_types(tensors: dict[str, Tensor]) -> None:
+    """Check types and devices of an operator's tensors, given by name."""
+    names = ", ".join(tensors)
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             allowed = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise ValueError(f"{name} is {tensor.dtype}; allowed: {allowed}")
     if len({tensor.dtype == torch.float64 for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
-        raise ValueError(f"either all of value, locations, weights are float64 or none, found {found}")
-    if not value.device == locations.device == weights.device:
+        raise ValueError(f"either all of {names} are float64 or none, found {found}")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
-        raise ValueError(f"value, locations and weights must be on one device, found {found}")
+        raise ValueError(f"{names} must be on one device, found {found}")
+
+
+def check_shapes(value: Tensor, shapes: list[int], places: Tensor, shares: Tensor, names: tuple[str, str]) -> None:
+    """Check that value, level shapes and two tensors by sample fit together; `names` are those of the latter two."""
+    place, share = names
     if value.ndim != 4:
         raise ValueError(f"value must be (B, S, heads, D / heads), found {tuple(value.shape)}")
-    if weights.ndim != 5:
-        raise ValueError(f"weights must be (B, Q, heads, levels, points), found {tuple(weights.shape)}")
+    if shares.ndim != 5:
+        raise ValueError(f"{share} must be (B, Q, heads, levels, points), found {tuple(shares.shape)}")
     if not shapes or len(shapes) % 2 or len(shapes) > 2 * MAX_LEVELS or min(shapes) < 1:
         raise ValueError(f"level_shapes must be 1 to {MAX_LEVELS} pairs (h, w) of positive integers, found {shapes}")
     cells = sum(h * w for h, w in zip(shapes[0::2], shapes[1::2], strict=True))
     if cells != value.shape[1]:
         raise ValueError(f"level_shapes {shapes} count {cells} cells, but value has {value.shape[1]}")
-    expected = (value.shape[0], weights.shape[1], value.shape[2], len(shapes) // 2, weights.shape[4])
-    if tuple(weights.shape) != expected:
+    expected = (value.shape[0], shares.shape[1], value.shape[2], len(shapes) // 2, shares.shape[4])
+    if tuple(shares.shape) != expected:
         raise ValueError(
-            f"weights must be (B, Q, heads, levels, points) = {expected} to fit value and level_shapes, "
-            f"found {tuple(weights.shape)}"
+            f"{share} must be (B, Q, heads, levels, points) = {expected} to fit value and level_shapes, "
+            f"found {tuple(shares.shape)}"
         )
-    if tuple(locations.shape) != (*expected, 2):
+    if tuple(places.shape) != (*expected, 2):
         raise ValueError(
-            f"locations must be (B, Q, heads, levels, points, 2) = {(*expected, 2)} to fit value, level_shapes and "
-            f"weights, found {tuple(locations.shape)}"
+            f"{place} must be (B, Q, heads, levels, points, 2) = {(*expected, 2)} to fit value, level_shapes and "
+            f"{share}, found {tuple(places.shape)}"
         )

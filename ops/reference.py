@@ -102,3 +102,70 @@ def backward(
         grad_locations.to(locations.dtype).contiguous(),
         grad_weights.to(weights.dtype).contiguous(),
     )
+
+
+def locations(reference_points: Tensor, offsets: Tensor, level_shapes: Sequence[int]) -> Tensor:
+    """Return the locations (B, Q, heads, levels, points, 2) of the samples, as (x, y) in 0..1 of their level.
+
+    Args:
+        reference_points: (B, Q, levels, 2) points, or (B, Q, levels, 4) boxes as (cx, cy, w, h).
+        offsets: (B, Q, heads, levels, points, 2), counting cells for points and fractions of half the box, divided by
+            the number of points, for boxes.
+        level_shapes: flat integers h0, w0, h1, w1, ...
+    """
+    points = reference_points[:, :, None, :, None, :]
+    if points.shape[-1] == 4:
+        return points[..., :2] + offsets / offsets.shape[4] * points[..., 2:] * 0.5
+    return points + offsets / _sizes(level_shapes, offsets)
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Return the weights of samples with logits (B, Q, heads, levels, points); they sum to 1 over levels and points."""
+    return logits.flatten(3).softmax(-1).view(logits.shape)
+
+
+def fused_forward(
+    value: Tensor, level_shapes: Sequence[int], reference_points: Tensor, offsets: Tensor, logits: Tensor
+) -> Tensor:
+    """Return `forward` for the locations and weights that reference points, offsets and logits stand for."""
+    dtype = compute_dtype(value.dtype)
+    where = locations(reference_points.to(dtype), offsets.to(dtype), level_shapes)
+    return forward(value, level_shapes, where, softmax(logits.to(dtype)))
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    level_shapes: Sequence[int],
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `fused_forward` with respect to its four tensors, each of its tensor's type."""
+    dtype = compute_dtype(value.dtype)
+    points, wide = reference_points.to(dtype), offsets.to(dtype)
+    weights = softmax(logits.to(dtype))
+    grad_value, by_place, by_weight = backward(
+        grad_output, value, level_shapes, locations(points, wide, level_shapes), weights
+    )
+    mean = (weights * by_weight).sum((-1, -2), keepdim=True)
+    by_points = by_place.sum((2, 4))
+    if points.shape[-1] == 4:
+        share = 0.5 / offsets.shape[4]
+        by_points = torch.cat([by_points, (by_place * wide).sum((2, 4)) * share], -1)
+        by_offset = by_place * points[:, :, None, :, None, 2:] * share
+    else:
+        by_offset = by_place / _sizes(level_shapes, wide)
+    return (
+        grad_value,
+        by_points.to(reference_points.dtype),
+        by_offset.to(offsets.dtype),
+        (weights * (by_weight - mean)).to(logits.dtype),
+    )
+
+
+def _sizes(level_shapes: Sequence[int], like: Tensor) -> Tensor:
+    """Return width and height of each level as (levels, 1, 2), with the type and device of `like`."""
+    pairs = list(zip(level_shapes[1::2], level_shapes[0::2], strict=True))
+    sizes = torch.tensor(pairs, dtype=like.dtype)
+    return sizes.to(like.device, non_blocking=True)[:, None, :]  # a plain copy would wait for the GPU in every layer

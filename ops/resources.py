@@ -27,11 +27,16 @@ _PROGRAM = """
 #include "cuda_assignment.h"
 #include "cuda_launch.h"
 namespace assigndetr {
+template <typename scalar_t, typename T, typename Source>
+void kernels_of() {
+  (void)&launch_forward<scalar_t, T, Source, cudaStream_t>;
+  (void)&launch_backward<scalar_t, T, Source, PlainSums<T>, cudaStream_t>;
+  (void)&launch_backward<scalar_t, T, Source, FixedSums<T>, cudaStream_t>;
+}
 template <typename scalar_t, typename T>
 void kernels() {
-  (void)&launch_forward<scalar_t, T, cudaStream_t>;
-  (void)&launch_backward<scalar_t, T, PlainSums<T>, cudaStream_t>;
-  (void)&launch_backward<scalar_t, T, FixedSums<T>, cudaStream_t>;
+  kernels_of<scalar_t, T, StoredSource<T>>();
+  kernels_of<scalar_t, T, FusedSource<scalar_t, T>>();
   (void)&launch_fixed_to_float<T, cudaStream_t>;
 }
 """
@@ -106,15 +111,17 @@ def _readable(symbol: str) -> str:
     value = value or ("double" if arguments.startswith("d") else "float")
     lanes = re.search(r"Li(\d+)E", arguments)
     sums = "fixed" if "FixedSums" in arguments else "plain" if "PlainSums" in arguments else None
-    return " ".join(part for part in (name, value, lanes and lanes[1], sums) if part)
+    source = "fused" if "FusedSource" in arguments else None
+    return " ".join(part for part in (name, value, lanes and lanes[1], sums, source) if part)
 
 
 def main() -> None:
     """Print a table for the architectures given as arguments, or for `ARCHITECTURES`."""
-    print(f"{'kernel, type, lanes or warps, sums':<40} {'arch':>5} {'registers':>9} {'stack':>6} {'spilled':>7}")
+    head = "kernel, type, lanes or warps, sums, source"
+    print(f"{head:<44} {'arch':>5} {'registers':>9} {'stack':>6} {'spilled':>7}")
     for architecture in sys.argv[1:] or ARCHITECTURES:
         for usage in kernel_usage(architecture):
-            name = f"{usage.kernel:<40} {'sm_' + usage.architecture:>5}"
+            name = f"{usage.kernel:<44} {'sm_' + usage.architecture:>5}"
             print(f"{name} {usage.registers:>9} {usage.stack:>6} {usage.spilled:>7}")
 
 

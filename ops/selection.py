@@ -3,6 +3,9 @@
 Automatic unless forced by `set_backend` or, below that, by the environment variable ASSIGNDETR_OPS_BACKEND. The `cpu`
 kernel takes the fastest instruction set of the machine unless ASSIGNDETR_CPU_ISA names another: avx512, avx2, portable.
 It is read in every call, so that tests and benchmarks can go through all of them.
+
+The attention layer uses the fused operator (ops/fused.py) with every backend. `set_fused(False)` or ASSIGNDETR_FUSED=0
+in the environment, read at import, let it compute locations and weights first: to compare, or to look at them.
 """
 
 import os
@@ -15,8 +18,13 @@ from . import build
 BACKENDS = ("reference", "cpu", "cuda")
 VARIABLE = "ASSIGNDETR_OPS_BACKEND"
 ISA_VARIABLE = "ASSIGNDETR_CPU_ISA"  # kIsaVariable in csrc/cpu_dispatch.h
+FUSED_VARIABLE = "ASSIGNDETR_FUSED"
 
 _forced = "auto"
+_asked = os.environ.get(FUSED_VARIABLE) or "1"  # read here, as graphs that are compiled cannot read it
+if _asked not in ("0", "1"):
+    raise ValueError(f"{FUSED_VARIABLE} is '{_asked}'; allowed: 0, 1")
+_fused = _asked == "1"
 _failed: dict[str, str] = {}  # kernel -> why it could not be loaded; one attempt per process
 _loaded: set[str] = set()
 _reported: set[str] = set()  # kernels whose absence has been printed
@@ -38,6 +46,20 @@ def set_backend(name: str) -> None:
     if name not in ("auto", "reference") and (reason := _why_unavailable(name)):
         raise ValueError(f"the ops backend '{name}' is not available: {reason}. Available: {', '.join(backends())}")
     _forced = name
+
+
+def set_fused(on: bool) -> None:
+    """Let `MSDeformAttn` use the fused operator, as it does at first unless ASSIGNDETR_FUSED=0, or not.
+
+    Results differ by rounding only. Graphs that torch.compile made before are compiled anew.
+    """
+    global _fused
+    _fused = on
+
+
+def fused() -> bool:
+    """Return whether `MSDeformAttn` uses the fused operator."""
+    return _fused
 
 
 def backends() -> tuple[str, ...]:

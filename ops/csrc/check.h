@@ -25,23 +25,43 @@ inline Levels read_levels(at::IntArrayRef shapes, int64_t cells) {
   return levels;
 }
 
-// Locations and weights are in the type of the sums (float32 for half and bfloat16 values).
-inline Sizes read_sizes(const at::Tensor& value, const Levels& levels, const at::Tensor& locations,
-                        const at::Tensor& weights) {
-  TORCH_CHECK_VALUE(value.dim() == 4 && locations.dim() == 6 && weights.dim() == 5,
-                    "value, locations, weights must have 4, 6, 5 dimensions");
-  const Sizes n{value.size(0), value.size(1), weights.size(1), value.size(2), value.size(3), weights.size(4)};
-  TORCH_CHECK_VALUE(weights.sizes() == at::IntArrayRef({n.batch, n.queries, n.heads, levels.count, n.points}),
-                    "weights do not fit value and level_shapes: ", weights.sizes());
-  TORCH_CHECK_VALUE(locations.sizes() == at::IntArrayRef({n.batch, n.queries, n.heads, levels.count, n.points, 2}),
-                    "locations do not fit value and level_shapes: ", locations.sizes());
+// The tensors of a Source (projected.h); `reference` is undefined if locations and weights are given.
+struct SourceTensors {
+  at::Tensor where, attend, reference;
+
+  int numbers() const { return reference.defined() ? static_cast<int>(reference.size(3)) : 0; }
+};
+
+inline Sizes read_sizes(const at::Tensor& value, const Levels& levels, const SourceTensors& from) {
+  const bool given = !from.reference.defined();
+  const char *const where = given ? "locations" : "offsets", *const attend = given ? "weights" : "logits";
+  TORCH_CHECK_VALUE(value.dim() == 4 && from.where.dim() == 6 && from.attend.dim() == 5, "value, ", where, ", ",
+                    attend, " must have 4, 6, 5 dimensions");
+  const Sizes n{value.size(0), value.size(1), from.attend.size(1), value.size(2), value.size(3), from.attend.size(4)};
+  TORCH_CHECK_VALUE(from.attend.sizes() == at::IntArrayRef({n.batch, n.queries, n.heads, levels.count, n.points}),
+                    attend, " do not fit value and level_shapes: ", from.attend.sizes());
+  TORCH_CHECK_VALUE(
+      from.where.sizes() == at::IntArrayRef({n.batch, n.queries, n.heads, levels.count, n.points, 2}), where,
+      " do not fit value and level_shapes: ", from.where.sizes());
+  TORCH_CHECK_VALUE(from.where.scalar_type() == from.attend.scalar_type(), where, " and ", attend,
+                    " must have one type");
+  TORCH_CHECK_VALUE(from.where.device() == value.device() && from.attend.device() == value.device(), "value, ", where,
+                    " and ", attend, " must be on one device");
+  TORCH_CHECK_VALUE(value.is_contiguous() && from.where.is_contiguous() && from.attend.is_contiguous(), "value, ",
+                    where, " and ", attend, " must be contiguous");
   const auto sums = at::toOpMathType(value.scalar_type());
-  TORCH_CHECK_VALUE(locations.scalar_type() == sums && weights.scalar_type() == sums,
-                    "locations and weights must be ", sums, " for values of ", value.scalar_type());
-  TORCH_CHECK_VALUE(locations.device() == value.device() && weights.device() == value.device(),
-                    "value, locations and weights must be on one device");
-  TORCH_CHECK_VALUE(value.is_contiguous() && locations.is_contiguous() && weights.is_contiguous(),
-                    "value, locations and weights must be contiguous");
+  if (given) {
+    TORCH_CHECK_VALUE(from.where.scalar_type() == sums, "locations and weights must be ", sums, " for values of ",
+                      value.scalar_type());
+    return n;
+  }
+  const at::Tensor& reference = from.reference;
+  TORCH_CHECK_VALUE(reference.dim() == 4 && (reference.size(3) == 2 || reference.size(3) == 4) &&
+                        reference.sizes().slice(0, 3) == at::IntArrayRef({n.batch, n.queries, levels.count}),
+                    "reference points do not fit value and level_shapes: ", reference.sizes());
+  TORCH_CHECK_VALUE(reference.scalar_type() == sums && reference.device() == value.device() &&
+                        reference.is_contiguous(),
+                    "reference points must be contiguous, ", sums, " and on the device of value");
   return n;
 }
 

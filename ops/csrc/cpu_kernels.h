@@ -10,6 +10,8 @@ namespace ASSIGNDETR_ISA {
 
 #include "cpu_vector.h"
 
+#include "cpu_projected.h"
+
 // Where as many samples as fit into a vector lie, of one query and head.
 template <typename T>
 struct alignas(64) Block {
@@ -31,17 +33,23 @@ using Samples = std::vector<Block<T>>;
 
 // Fill the samples of `item` = (image, query, head), a vector of samples at a time. See locate() in bilinear.h.
 template <typename T, bool for_backward>
-ASSIGNDETR_INLINE void locate_all(const Problem<T>& p, int64_t item, int64_t cell_stride, Samples<T>& to) {
+ASSIGNDETR_INLINE void locate_all(const Problem<T>& p, int64_t item, int64_t cell_stride, Scratch<T>& scratch,
+                                  Samples<T>& to) {
   constexpr int lanes = kLanes<T>;
   using V = Vector<T, lanes>;
   using I = IntVector<T, lanes>;
   using Int = IntOf<T>;
+  const bool computed = p.source.reference != nullptr;
+  if (computed) {
+    compute_samples(p, item, scratch);
+  }
+  const T* const first_place = computed ? scratch.where.data() : p.source.where + 2 * item * p.samples;
+  const T* const first_weight = computed ? scratch.attend.data() : p.source.attend + item * p.samples;
   for (int64_t s = 0; s < p.samples; s += lanes) {
     Block<T>& out = to[s / lanes];
-    const T* at = p.locations + (item * p.samples + s) * 2;
-    const T* attend = p.weights + item * p.samples + s;
+    const T *at = first_place + 2 * s, *attend = first_weight + s;
     T rest[3 * lanes];
-    if (s + lanes > p.samples) {  // the tensors may end here
+    if (s + lanes > p.samples && !computed) {  // the tensors may end here
       const int64_t count = p.samples - s;
       for (int64_t i = 0; i < lanes; ++i) {
         rest[2 * i] = i < count ? at[2 * i] : T(0);
@@ -103,8 +111,8 @@ ASSIGNDETR_INLINE void prefetch(const T* from, int64_t count) {
 // Ask for what an item is computed from; in tiles, items do not follow each other in memory.
 template <typename T>
 ASSIGNDETR_INLINE void prefetch_item(const Problem<T>& p, int64_t item, const T* grad_output) {
-  prefetch(p.locations + 2 * item * p.samples, 2 * p.samples);
-  prefetch(p.weights + item * p.samples, p.samples);
+  prefetch(p.source.where + 2 * item * p.samples, 2 * p.samples);
+  prefetch(p.source.attend + item * p.samples, p.samples);
   if (grad_output != nullptr) {
     prefetch(grad_output + item * p.n.channels, p.n.channels);
   }
@@ -233,13 +241,17 @@ ASSIGNDETR_INLINE void spread_channels(Samples<T>& samples, int64_t count, const
   }
 }
 
-// Write the gradients of the locations and weights of one item from its `dots`, a vector of samples at a time.
+// Write the gradients of the locations and weights of one item, or of what they are computed from, from its `dots`, a
+// vector of samples at a time.
 template <typename T>
-ASSIGNDETR_INLINE void finish_gradient(const Problem<T>& p, int64_t item, const Samples<T>& samples, T* grad_locations,
-                                       T* grad_weights) {
+ASSIGNDETR_INLINE void finish_gradient(const Problem<T>& p, int64_t item, const Samples<T>& samples,
+                                       Scratch<T>& scratch, const SourceGradient<T>& to) {
   constexpr int lanes = kLanes<T>;
   using V = Vector<T, lanes>;
   using I = IntVector<T, lanes>;
+  const bool computed = p.source.reference != nullptr;
+  T* const first_place = computed ? scratch.grad_where.data() : to.where + 2 * item * p.samples;
+  T* const first_weight = computed ? scratch.grad_attend.data() : to.attend + item * p.samples;
   for (int64_t s = 0; s < p.samples; s += lanes) {
     const Block<T>& at = samples[s / lanes];
     const V first = load<V>(at.dots), second = load<V>(at.dots + lanes);
@@ -260,20 +272,25 @@ ASSIGNDETR_INLINE void finish_gradient(const Problem<T>& p, int64_t item, const 
     const V by_x = attention * load<V>(&p.width[s]) * to_right;
     const V by_y = attention * load<V>(&p.height[s]) * (lower - upper);
     const V xy_1 = shuffle<ByTurns<0>, T, lanes>(by_x, by_y), xy_2 = shuffle<ByTurns<1>, T, lanes>(by_x, by_y);
-    T* const to_weights = grad_weights + item * p.samples + s;
-    T* const to_locations = grad_locations + 2 * (item * p.samples + s);
-    if (s + lanes <= p.samples) {
+    T *const to_weights = first_weight + s, *const to_places = first_place + 2 * s;
+    if (s + lanes <= p.samples || computed) {
       store(to_weights, by_weight);
-      store(to_locations, xy_1);
-      store(to_locations + lanes, xy_2);
+      store(to_places, xy_1);
+      store(to_places + lanes, xy_2);
     } else {  // the tensors may end here
       T rest[3 * lanes];
       store(rest, by_weight);
       store(rest + lanes, xy_1);
       store(rest + 2 * lanes, xy_2);
       __builtin_memcpy(to_weights, rest, (p.samples - s) * sizeof(T));
-      __builtin_memcpy(to_locations, rest + lanes, 2 * (p.samples - s) * sizeof(T));
+      __builtin_memcpy(to_places, rest + lanes, 2 * (p.samples - s) * sizeof(T));
     }
+    if (computed) {
+      store(&scratch.attend[s], attention);  // the weights of a later item stand there by now
+    }
+  }
+  if (computed) {
+    project_gradient(p, item, scratch, to);
   }
 }
 
@@ -305,12 +322,13 @@ template <typename T, int width>
 ASSIGNDETR_TARGET void forward(const Problem<T>& p, const Part& part, const Layout& layout, const T* value, T* output) {
   const int64_t channels = width > 0 ? width : p.n.channels;
   Samples<T> first(p.padded / kLanes<T>), second(p.padded / kLanes<T>), *now = &first, *then = &second;
+  Scratch<T> scratch(p);
   Walk<T> walk(p, part), ahead(p, part);
   for (int i = 0; i < kAhead && !ahead.done(); ++i) {
     ahead.next();
   }
   if (!walk.done()) {
-    locate_all<T, false>(p, walk.item(), layout.cell_stride, *now);
+    locate_all<T, false>(p, walk.item(), layout.cell_stride, scratch, *now);
   }
   while (!walk.done()) {
     const int64_t item = walk.item();
@@ -321,7 +339,7 @@ ASSIGNDETR_TARGET void forward(const Problem<T>& p, const Part& part, const Layo
       ahead.next();
     }
     if (!walk.done()) {
-      locate_all<T, false>(p, walk.item(), layout.cell_stride, *then);
+      locate_all<T, false>(p, walk.item(), layout.cell_stride, scratch, *then);
       prefetch_cells(*then, p.samples, value + walk.head * layout.head_stride, channels);
     }
     T* const to = output + item * channels;
@@ -332,15 +350,16 @@ ASSIGNDETR_TARGET void forward(const Problem<T>& p, const Part& part, const Layo
 
 template <typename T, int width>
 ASSIGNDETR_TARGET void backward(const Problem<T>& p, const Part& part, const Layout& layout, const T* value,
-                                const T* grad_output, T* grad_value, T* grad_locations, T* grad_weights) {
+                                const T* grad_output, T* grad_value, const SourceGradient<T>& grad_source) {
   const int64_t channels = width > 0 ? width : p.n.channels;
   Samples<T> first(p.padded / kLanes<T>), second(p.padded / kLanes<T>), *now = &first, *then = &second;
+  Scratch<T> scratch(p);
   Walk<T> walk(p, part), ahead(p, part);
   for (int i = 0; i < kAhead && !ahead.done(); ++i) {
     ahead.next();
   }
   if (!walk.done()) {
-    locate_all<T, true>(p, walk.item(), layout.cell_stride, *now);
+    locate_all<T, true>(p, walk.item(), layout.cell_stride, scratch, *now);
   }
   while (!walk.done()) {
     const int64_t item = walk.item(), head_begin = walk.head * layout.head_stride;
@@ -353,12 +372,12 @@ ASSIGNDETR_TARGET void backward(const Problem<T>& p, const Part& part, const Lay
     }
     if (!walk.done()) {
       const int64_t next_head = walk.head * layout.head_stride;
-      locate_all<T, true>(p, walk.item(), layout.cell_stride, *then);
+      locate_all<T, true>(p, walk.item(), layout.cell_stride, scratch, *then);
       prefetch_cells(*then, p.samples, value + next_head, channels);
       prefetch_cells(*then, p.samples, grad_value + next_head, channels);
     }
     spread_channels<T, width>(*now, p.samples, from, grad, to, channels);
-    finish_gradient(p, item, *now, grad_locations, grad_weights);
+    finish_gradient(p, item, *now, scratch, grad_source);
     std::swap(now, then);
   }
 }

@@ -6,7 +6,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "bilinear.h"
+#include "projected.h"
 
 namespace assigndetr {
 
@@ -14,38 +14,43 @@ namespace assigndetr {
 template <typename T>
 using IntOf = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
-// One call of the operator. Samples are the levels x points of one query and head, in the order of `locations`; tables
-// by sample are padded to whole vectors with levels of 1 x 1 cell.
+// One call of the operator. Samples are the levels x points of one query and head; tables by sample are padded to whole
+// vectors with levels of 1 x 1 cell.
 template <typename T>
 struct Problem {
   static constexpr int64_t kPad = 16;  // lanes of the widest vector
 
   Sizes n;
-  int64_t samples, padded;
-  const T* locations;
-  const T* weights;
+  int64_t levels, samples, padded;
+  Source<T> source;
+  T share;                                     // of a box, see anchor_at()
   std::vector<T> width, height;                // of the sample's level, as numbers
   std::vector<IntOf<T>> columns, rows, start;  // the same as integers, and the level's first cell
+  std::vector<T> cell;                         // width and height of a cell of the sample's level, in turns
   std::vector<int64_t> order;                  // queries in the order they are to be visited; empty: as they stand
 
-  Problem(const Levels& levels, const Sizes& sizes, const T* locations, const T* weights)
+  Problem(const Levels& table, const Sizes& sizes, const Source<T>& source)
       : n(sizes),
-        samples(levels.count * sizes.points),
+        levels(table.count),
+        samples(levels * sizes.points),
         padded((samples + kPad - 1) / kPad * kPad),
-        locations(locations),
-        weights(weights),
+        source(source),
+        share(box_share<T>(sizes.points)),
         width(padded, T(1)),
         height(padded, T(1)),
         columns(padded, 1),
         rows(padded, 1),
-        start(padded, 0) {
+        start(padded, 0),
+        cell(2 * padded, T(1)) {
     for (int64_t s = 0; s < samples; ++s) {
-      const Level& level = levels.level[s / sizes.points];
+      const Level& level = table.level[s / sizes.points];
       width[s] = static_cast<T>(level.width);
       height[s] = static_cast<T>(level.height);
       columns[s] = static_cast<IntOf<T>>(level.width);
       rows[s] = static_cast<IntOf<T>>(level.height);
       start[s] = static_cast<IntOf<T>>(level.start);
+      cell[2 * s] = T(1) / width[s];
+      cell[2 * s + 1] = T(1) / height[s];
     }
   }
 };
@@ -65,7 +70,7 @@ using Forward = void (*)(const Problem<T>&, const Part&, const Layout&, const T*
 
 template <typename T>
 using Backward = void (*)(const Problem<T>&, const Part&, const Layout&, const T* value, const T* grad_output,
-                          T* grad_value, T* grad_locations, T* grad_weights);
+                          T* grad_value, const SourceGradient<T>& grad_source);
 
 // The kernels for one width of a head.
 template <typename T>

@@ -2,35 +2,16 @@
 // in float32. cuda_layout.h says which lane computes what.
 #pragma once
 
-#include "cuda_sums.h"
+#include "cuda_source.h"
 
 namespace assigndetr {
-
-constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Blocks that must fit on a multiprocessor at a time: 64 or 80 registers a thread in the forward pass, 80 or 128 in the
 // backward pass. With fewer registers or no word at all the compiler spills; `python -m ops.resources` shows it.
 template <typename scalar_t>
 constexpr int kForwardBlocks = sizeof(scalar_t) == 2 ? 4 : 3;
-template <typename scalar_t>
-constexpr int kBackwardBlocks = sizeof(scalar_t) == 2 ? 3 : 2;
-
-// Samples whose places are computed at a time: one by each lane of an item, which then hands it to the others.
-template <int lanes>
-constexpr int kChunk = lanes < 4 ? lanes : 4;
-
-struct Samples {
-  const float* locations;
-  const float* weights;
-  int64_t first;  // of the item
-};
-
-// The sample of this lane: point `point` of level `l`. A point that does not exist weighs nothing.
-__device__ __forceinline__ Spot read_spot(const Plan& plan, const Samples& samples, int l, int point) {
-  const int64_t sample = samples.first + l * plan.points + (point < plan.points ? point : plan.points - 1);
-  const Vec<float, 2> at = load<float, 2>(samples.locations + 2 * sample);
-  return spot_at(at.at[0], at.at[1], point < plan.points ? samples.weights[sample] : 0.0f, plan.level[l]);
-}
+template <typename scalar_t, typename Source>
+constexpr int kBackwardBlocks = sizeof(scalar_t) == 2 && std::is_same_v<Source, StoredSource<float>> ? 3 : 2;
 
 // What lane `source` of an item found.
 template <int lanes>
@@ -44,10 +25,10 @@ __device__ __forceinline__ int hand_out(const Spot& spot, int source, float (&we
 
 // The kernel reads the nearest cell also for corners outside the map and multiplies by 0: a value that is not finite
 // may therefore show where it has no weight.
-template <typename scalar_t, int lanes>
+template <typename scalar_t, int lanes, typename Source>
 __global__ void __launch_bounds__(kThreads, kForwardBlocks<scalar_t>)
-    fast_forward(const Plan plan, const scalar_t* __restrict__ value, const float* __restrict__ locations,
-                 const float* __restrict__ weights, scalar_t* __restrict__ output) {
+    fast_forward(const Plan plan, const scalar_t* __restrict__ value, const Source source,
+                 scalar_t* __restrict__ output) {
   constexpr int chunk = kChunk<lanes>;
   constexpr int width = 16 / sizeof(scalar_t), vectors = kPart / width;  // loads of 16 bytes
   const int lane = threadIdx.x % lanes, part = lane < plan.parts ? lane : plan.parts - 1;
@@ -61,7 +42,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<scalar_t>)
     }
     // Vector v of a lane begins at channel (v * parts + part) * width: lanes side by side read side by side.
     const scalar_t* const from = value + image * plan.cells * cell_stride + item.head * channels + part * width;
-    const Samples samples{locations, weights, item.index * plan.levels * plan.points};
+    FastReader<Source, lanes> reader(plan, source, item, lane);
     float sum[kPart] = {};
     const auto add = [&](const Spot& spot, int source, int columns) {
       float weight[4];
@@ -81,8 +62,9 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks<scalar_t>)
     };
     for (int l = 0; l < plan.levels; ++l) {
       const int columns = plan.level[l].width;
+      const auto origin = reader.origin(plan, l);
       for (int point = 0; point < plan.points; point += chunk) {
-        const Spot spot = read_spot(plan, samples, l, point + lane % chunk);
+        const Spot spot = reader.spot(plan, l, point + lane % chunk, origin);
         if (point + chunk <= plan.points) {
 #pragma unroll
           for (int source = 0; source < chunk; ++source) {
@@ -179,12 +161,11 @@ __device__ __forceinline__ void add_gradient(const Sums& sums, float scale, int6
   }
 }
 
-// All gradients of locations and weights are written; those of the values are added to `sums`, which are 0 before.
-template <typename scalar_t, int lanes, typename Sums>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks<scalar_t>)
+// All gradients of the source are written; those of the values are added to `sums`, which are 0 before.
+template <typename scalar_t, int lanes, typename Source, typename Sums>
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks<scalar_t, Source>)
     fast_backward(const Plan plan, const scalar_t* __restrict__ grad_output, const scalar_t* __restrict__ value,
-                  const float* __restrict__ locations, const float* __restrict__ weights, const Sums sums,
-                  float* __restrict__ grad_locations, float* __restrict__ grad_weights) {
+                  const Source source, const Sums sums, const typename Source::Gradient grad_source) {
   constexpr int chunk = kChunk<lanes>;
   const int lane = threadIdx.x % lanes, part = lane < plan.parts ? lane : plan.parts - 1;
   const int channels = plan.parts * kPart;
@@ -199,13 +180,14 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<scalar_t>)
     const bool active = item.active && lane < plan.parts;
     const int64_t head = image * plan.cells * cell_stride + item.head * channels;
     const scalar_t* const from = value + head + part * 4;
-    const Samples samples{locations, weights, item.index * plan.levels * plan.points};
+    FastReader<Source, lanes> reader(plan, source, item, lane);
+    FastWriter<Source, lanes> writer(grad_source);
     const LaneGradient<scalar_t, Sums::by_four> grad(grad_output + item.index * channels, part, plan.parts, active);
     for (int l = 0; l < plan.levels; ++l) {
       const int columns = plan.level[l].width;
       for (int first = 0; first < plan.points; first += chunk) {
         const int point = first + lane % chunk;
-        const Spot spot = read_spot(plan, samples, l, point);
+        const Spot spot = reader.spot(plan, l, point, reader.template origin<true>(plan, l));
         float dots[chunk][4] = {};
 #pragma unroll
         for (int source = 0; source < chunk; ++source) {
@@ -230,14 +212,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks<scalar_t>)
           }
         }
         sum_lanes<lanes>(dots, lane);
-        if (item.active && lane < chunk && point < plan.points) {
-          const SampleGradient by = sample_gradient(spot, dots[0], plan.level[l]);
-          const int64_t sample = samples.first + l * plan.points + point;
-          grad_weights[sample] = by.weight;
-          *reinterpret_cast<Vec<float, 2>*>(grad_locations + 2 * sample) = {by.x, by.y};
-        }
+        writer.put(plan, reader, item, spot, dots[0], l, point, lane);
       }
     }
+    writer.end_item(plan, reader, item, lane);
   }
 }
 

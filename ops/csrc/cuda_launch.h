@@ -19,9 +19,6 @@ inline dim3 plan_grid(const Plan& plan) {
   return dim3(static_cast<unsigned>(blocks_per_image(plan)), static_cast<unsigned>(plan.batch));
 }
 
-// Vectors of 16 bytes (8, of locations) begin where they can be read at once.
-inline bool aligned(const void* address, int bytes = 16) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
-
 // Call visit(std::integral_constant) with the lanes of an item.
 template <typename Visit>
 void with_lanes(const Plan& plan, const Visit& visit) {
@@ -39,39 +36,40 @@ void with_lanes(const Plan& plan, const Visit& visit) {
   }
 }
 
-template <typename scalar_t, typename T, typename Stream>
-void launch_forward(const scalar_t* value, const Levels& levels, const Sizes& n, const T* locations, const T* weights,
+template <typename scalar_t, typename T, typename Source, typename Stream>
+void launch_forward(const scalar_t* value, const Levels& levels, const Sizes& n, const Source& source,
                     scalar_t* output, Stream stream) {
   if constexpr (std::is_same_v<T, float>) {
     Plan plan;
-    if (aligned(value) && aligned(output) && aligned(locations, 8) && make_plan(levels, n, plan)) {
+    if (aligned(value) && aligned(output) && source.is_aligned() && make_plan(levels, n, plan)) {
       return with_lanes(plan, [&](auto lanes) {
-        ASSIGNDETR_LAUNCH((fast_forward<scalar_t, decltype(lanes)::value>), plan_grid(plan), stream)
-        (plan, value, locations, weights, output);
+        ASSIGNDETR_LAUNCH((fast_forward<scalar_t, decltype(lanes)::value, Source>), plan_grid(plan), stream)
+        (plan, value, source, output);
       });
     }
   }
-  ASSIGNDETR_LAUNCH((generic_forward<scalar_t, T>), plain_grid(n.batch * n.queries * n.heads * n.channels), stream)
-  (value, levels, n, locations, weights, output);
+  ASSIGNDETR_LAUNCH((generic_forward<scalar_t, T, Source>), plain_grid(n.batch * n.queries * n.heads * n.channels),
+                    stream)
+  (value, levels, n, source, output);
 }
 
-template <typename scalar_t, typename T, typename Sums, typename Stream>
+template <typename scalar_t, typename T, typename Source, typename Sums, typename Stream>
 void launch_backward(const scalar_t* grad_output, const scalar_t* value, const Levels& levels, const Sizes& n,
-                     const T* locations, const T* weights, const Sums& sums, T* grad_locations, T* grad_weights,
+                     const Source& source, const Sums& sums, const typename Source::Gradient& grad_source,
                      Stream stream) {
   if constexpr (std::is_same_v<T, float>) {
     Plan plan;
-    if (aligned(value) && aligned(grad_output) && aligned(sums.to) && aligned(locations, 8) &&
-        aligned(grad_locations, 8) && make_plan(levels, n, plan)) {
+    if (aligned(value) && aligned(grad_output) && aligned(sums.to) && source.is_aligned() &&
+        grad_source.is_aligned() && make_plan(levels, n, plan)) {
       return with_lanes(plan, [&](auto lanes) {
-        ASSIGNDETR_LAUNCH((fast_backward<scalar_t, decltype(lanes)::value, Sums>), plan_grid(plan), stream)
-        (plan, grad_output, value, locations, weights, sums, grad_locations, grad_weights);
+        ASSIGNDETR_LAUNCH((fast_backward<scalar_t, decltype(lanes)::value, Source, Sums>), plan_grid(plan), stream)
+        (plan, grad_output, value, source, sums, grad_source);
       });
     }
   }
-  ASSIGNDETR_LAUNCH((generic_backward<scalar_t, T, Sums>), plain_grid(n.batch * n.queries * n.heads * kGenericLanes),
-                    stream)
-  (grad_output, value, levels, n, locations, weights, sums, grad_locations, grad_weights);
+  ASSIGNDETR_LAUNCH((generic_backward<scalar_t, T, Source, Sums>),
+                    plain_grid(n.batch * n.queries * n.heads * kGenericLanes), stream)
+  (grad_output, value, levels, n, source, sums, grad_source);
 }
 
 template <typename T, typename Stream>

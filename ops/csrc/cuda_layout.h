@@ -26,6 +26,7 @@ constexpr int kEnoughBlocks = 1024;  // more blocks than the largest cards run a
 
 struct FastLevel {
   int height, width, start;
+  float cell_x, cell_y;  // size of a cell, where the map has 1
 };
 
 // One call of a fast kernel; its argument.
@@ -55,7 +56,8 @@ inline bool make_plan(const Levels& levels, const Sizes& n, Plan& plan) {
   }
   for (int l = 0; l < levels.count; ++l) {
     const Level& level = levels.level[l];
-    plan.level[l] = {static_cast<int>(level.height), static_cast<int>(level.width), static_cast<int>(level.start)};
+    plan.level[l] = {static_cast<int>(level.height), static_cast<int>(level.width), static_cast<int>(level.start),
+                     1.0f / static_cast<float>(level.width), 1.0f / static_cast<float>(level.height)};
   }
   plan.levels = levels.count;
   plan.points = static_cast<int>(n.points);
@@ -102,7 +104,7 @@ ASSIGNDETR_HD int tile_query(const Plan& plan, int position) {
 
 struct Item {
   int64_t index;  // image, query, head as one number
-  int head;
+  int query, head;
   bool active;  // there is one: the last warp has lanes without
 };
 
@@ -119,8 +121,8 @@ ASSIGNDETR_HD bool item_at(const Plan& plan, int64_t image, unsigned block, int 
   item.active = wanted <= last;
   const unsigned number = item.active ? wanted : last, position = number / plan.heads;
   item.head = static_cast<int>(number - position * plan.heads);
-  const int query = plan.tiles ? tile_query(plan, static_cast<int>(position)) : static_cast<int>(position);
-  item.index = (image * plan.queries + query) * plan.heads + item.head;
+  item.query = plan.tiles ? tile_query(plan, static_cast<int>(position)) : static_cast<int>(position);
+  item.index = (image * plan.queries + item.query) * plan.heads + item.head;
   return true;
 }
 

@@ -13,87 +13,10 @@
 
 #include "check.h"
 #include "cpu_dispatch.h"
+#include "cpu_plain.h"
 
 namespace assigndetr {
 namespace {
-
-// Call visit(sample, level, corners) for every sample of one query and head that sees a cell.
-template <typename T, typename Visit>
-void for_each_sample(const T* locations, const Levels& levels, int64_t points, const Visit& visit) {
-  Corners<T> corners;
-  for (int l = 0; l < levels.count; ++l) {
-    for (int64_t p = 0; p < points; ++p) {
-      const int64_t sample = l * points + p;
-      if (locate(locations[2 * sample], locations[2 * sample + 1], levels.level[l], corners)) {
-        visit(sample, corners);
-      }
-    }
-  }
-}
-
-// Plain loops: for compilers without vectors, and for images whose places do not fit into 32 bits.
-template <typename T>
-void plain_forward(const T* value, const Levels& levels, const Sizes& n, const T* locations, const T* weights,
-                   T* output) {
-  const int64_t channels = n.channels, cell_stride = n.heads * channels, samples = levels.count * n.points;
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {  // item: (image, query, head)
-      const int64_t head = item % n.heads, image = item / (n.heads * n.queries);
-      const T* const base = value + image * n.cells * cell_stride + head * channels;
-      T* const sum = output + item * channels;
-      std::fill_n(sum, channels, T(0));
-      for_each_sample(locations + item * samples * 2, levels, n.points, [&](int64_t sample, const Corners<T>& at) {
-        for (int k = 0; k < 4; ++k) {
-          const T weight = weights[item * samples + sample] * at.weight[k];
-          const T* const cell = base + at.cell[k] * cell_stride;
-          for (int64_t c = 0; c < channels; ++c) {
-            sum[c] += weight * cell[c];
-          }
-        }
-      });
-    }
-  };
-  at::parallel_for(0, n.batch * n.queries * n.heads, /*grain_size=*/64, run);
-}
-
-// One task per image and head: no two tasks write the same gradient of a value, so the sums need no atomics and come
-// out the same for any number of threads. All gradients are zero before.
-template <typename T>
-void plain_backward(const T* grad_output, const T* value, const Levels& levels, const Sizes& n, const T* locations,
-                    const T* weights, T* grad_value, T* grad_locations, T* grad_weights) {
-  const int64_t channels = n.channels, cell_stride = n.heads * channels, samples = levels.count * n.points;
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t head = task % n.heads, image = task / n.heads;
-      const int64_t base = image * n.cells * cell_stride + head * channels;
-      for (int64_t query = 0; query < n.queries; ++query) {
-        const int64_t item = (image * n.queries + query) * n.heads + head;
-        const T* const grad = grad_output + item * channels;
-        for_each_sample(locations + item * samples * 2, levels, n.points, [&](int64_t sample, const Corners<T>& at) {
-          const int64_t index = item * samples + sample;
-          T by_weight = 0, by_x = 0, by_y = 0;
-          for (int k = 0; k < 4; ++k) {
-            const T* const cell = value + base + at.cell[k] * cell_stride;
-            T* const grad_cell = grad_value + base + at.cell[k] * cell_stride;
-            const T weight = weights[index] * at.weight[k];
-            T dot = 0;
-            for (int64_t c = 0; c < channels; ++c) {
-              dot += grad[c] * cell[c];
-              grad_cell[c] += weight * grad[c];
-            }
-            by_weight += at.weight[k] * dot;
-            by_x += at.slope_x[k] * dot;
-            by_y += at.slope_y[k] * dot;
-          }
-          grad_weights[index] = by_weight;
-          grad_locations[2 * index] = weights[index] * by_x;
-          grad_locations[2 * index + 1] = weights[index] * by_y;
-        });
-      }
-    }
-  };
-  at::parallel_for(0, n.batch * n.heads, /*grain_size=*/1, run);
-}
 
 // The cells of one image and head, one after the other, in memory of one thread. In the tensors the heads of a cell lie
 // side by side, so that the cells of one head fall on few sets of the caches.
@@ -139,8 +62,8 @@ bool worth_planes(const Sizes& n) {
 }
 
 template <typename T>
-Problem<T> make_problem(const Levels& levels, const Sizes& n, const T* locations, const T* weights) {
-  Problem<T> problem(levels, n, locations, weights);
+Problem<T> make_problem(const Levels& levels, const Sizes& n, const Source<T>& source) {
+  Problem<T> problem(levels, n, source);
   if (n.queries == n.cells) {
     append_tiles(levels, problem.order);
   }
@@ -148,9 +71,9 @@ Problem<T> make_problem(const Levels& levels, const Sizes& n, const T* locations
 }
 
 template <typename T>
-void fast_forward(Forward<T> kernel, const T* value, const Levels& levels, const Sizes& n, const T* locations,
-                  const T* weights, T* output) {
-  const Problem<T> problem = make_problem(levels, n, locations, weights);
+void fast_forward(Forward<T> kernel, const T* value, const Levels& levels, const Sizes& n, const Source<T>& source,
+                  T* output) {
+  const Problem<T> problem = make_problem(levels, n, source);
   const int64_t tasks = n.batch * n.heads, threads = at::get_num_threads();
   if (worth_planes(n)) {
     const int64_t parts = tasks > 0 ? (threads + tasks - 1) / tasks : 0;  // of the queries of a head
@@ -182,8 +105,8 @@ void fast_forward(Forward<T> kernel, const T* value, const Levels& levels, const
 // goes on to use it: zeros from elsewhere would be one more way through memory.
 template <typename T>
 void fast_backward(Backward<T> kernel, const T* grad_output, const T* value, const Levels& levels, const Sizes& n,
-                   const T* locations, const T* weights, T* grad_value, T* grad_locations, T* grad_weights) {
-  const Problem<T> problem = make_problem(levels, n, locations, weights);
+                   const Source<T>& source, T* grad_value, const SourceGradient<T>& grad_source) {
+  const Problem<T> problem = make_problem(levels, n, source);
   const bool planes = worth_planes(n);
   at::parallel_for(0, n.batch * n.heads, /*grain_size=*/1, [&](int64_t begin, int64_t end) {
     if (planes) {
@@ -193,7 +116,7 @@ void fast_backward(Backward<T> kernel, const T* grad_output, const T* value, con
         plane.read(value, task);
         grad_plane.clear();
         kernel(problem, {image, head, head + 1, 0, n.queries}, {n.channels, 0}, plane.data(), grad_output,
-               grad_plane.data(), grad_locations, grad_weights);
+               grad_plane.data(), grad_source);
         grad_plane.write(grad_value, task);
       }
       return;
@@ -205,7 +128,7 @@ void fast_backward(Backward<T> kernel, const T* grad_output, const T* value, con
         std::fill_n(grad_value + offset + cell * stride + first * n.channels, (last - first) * n.channels, T(0));
       }
       kernel(problem, {image, first, last, 0, n.queries}, {stride, n.channels}, value + offset, grad_output,
-             grad_value + offset, grad_locations, grad_weights);
+             grad_value + offset, grad_source);
       begin += last - first;
     }
   });
@@ -213,59 +136,124 @@ void fast_backward(Backward<T> kernel, const T* grad_output, const T* value, con
 
 std::vector<std::string> cpu_isas_op() { return cpu_isas(); }
 
-at::Tensor forward_cpu(const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& locations,
-                       const at::Tensor& weights) {
+template <typename T>
+Source<T> read_source(const SourceTensors& from) {
+  return {from.where.const_data_ptr<T>(), from.attend.const_data_ptr<T>(),
+          from.reference.defined() ? from.reference.const_data_ptr<T>() : nullptr, from.numbers()};
+}
+
+// `from` is in the type of the sums.
+at::Tensor forward(const at::Tensor& value, at::IntArrayRef level_shapes, const SourceTensors& from) {
   TORCH_CHECK_VALUE(value.is_cpu(), "the cpu kernel needs tensors on the CPU, found ", value.device());
   const Levels levels = read_levels(level_shapes, value.size(1));
-  const Sizes n = read_sizes(value, levels, locations, weights);
+  const Sizes n = read_sizes(value, levels, from);
   // Half precision is converted as a whole: PyTorch does that with vectors and threads.
-  const at::Tensor wide = value.to(locations.scalar_type());
+  const at::Tensor wide = value.to(from.where.scalar_type());
   at::Tensor output = at::empty({n.batch, n.queries, n.heads * n.channels}, wide.options());
   AT_DISPATCH_FLOATING_TYPES(wide.scalar_type(), "ms_deform_attn_cpu", [&] {
     using T = scalar_t;
     const Forward<T> kernel = choose_kernels<T>(chosen_isa(), n.channels).forward;
+    const Source<T> source = read_source<T>(from);
     if (kernel != nullptr && places_fit<T>(n)) {
-      fast_forward<T>(kernel, wide.const_data_ptr<T>(), levels, n, locations.const_data_ptr<T>(),
-                      weights.const_data_ptr<T>(), output.mutable_data_ptr<T>());
+      fast_forward<T>(kernel, wide.const_data_ptr<T>(), levels, n, source, output.mutable_data_ptr<T>());
     } else {
-      plain_forward<T>(wide.const_data_ptr<T>(), levels, n, locations.const_data_ptr<T>(),
-                       weights.const_data_ptr<T>(), output.mutable_data_ptr<T>());
+      plain_forward<T>(wide.const_data_ptr<T>(), levels, n, source, output.mutable_data_ptr<T>());
     }
   });
   return output.to(value.scalar_type());
 }
 
+// Sum what the heads give to the reference points, (image, query, head, ...) to (image, query, ...), in their order.
+template <typename T>
+void add_heads(const T* from, int64_t queries, int64_t heads, int64_t numbers, T* to) {
+  at::parallel_for(0, queries, /*grain_size=*/256, [&](int64_t begin, int64_t end) {
+    for (int64_t query = begin; query < end; ++query) {
+      for (int64_t i = 0; i < numbers; ++i) {
+        T sum = 0;
+        for (int64_t head = 0; head < heads; ++head) {
+          sum += from[(query * heads + head) * numbers + i];
+        }
+        to[query * numbers + i] = sum;
+      }
+    }
+  });
+}
+
+struct Gradients {
+  at::Tensor value, where, attend, reference;  // the last is undefined if nobody wants it
+};
+
 // The gradients are in the type of the sums.
-std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(const at::Tensor& grad_output, const at::Tensor& value,
-                                                            at::IntArrayRef level_shapes, const at::Tensor& locations,
-                                                            const at::Tensor& weights) {
+Gradients backward(const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef level_shapes,
+                   const SourceTensors& from, bool wants_reference) {
   TORCH_CHECK_VALUE(value.is_cpu(), "the cpu kernel needs tensors on the CPU, found ", value.device());
   const Levels levels = read_levels(level_shapes, value.size(1));
-  const Sizes n = read_sizes(value, levels, locations, weights);
+  const Sizes n = read_sizes(value, levels, from);
   check_grad(grad_output, value, n);
-  const at::Tensor wide = value.to(locations.scalar_type()), wide_grad = grad_output.to(locations.scalar_type());
-  at::Tensor grad_value, grad_locations, grad_weights;
+  const auto sums = from.where.scalar_type();
+  const at::Tensor wide = value.to(sums), wide_grad = grad_output.to(sums);
+  Gradients to;
   AT_DISPATCH_FLOATING_TYPES(wide.scalar_type(), "ms_deform_attn_backward_cpu", [&] {
     using T = scalar_t;
     const Backward<T> kernel = choose_kernels<T>(chosen_isa(), n.channels).backward;
     const bool fast = kernel != nullptr && places_fit<T>(n);
-    const auto allocate = [&](const at::Tensor& like) {  // the fast kernels write every number themselves
-      return fast ? at::empty(like.sizes(), wide.options()) : at::zeros(like.sizes(), wide.options());
+    const auto allocate = [&](at::IntArrayRef sizes) {  // the fast kernels write every number themselves
+      return fast ? at::empty(sizes, wide.options()) : at::zeros(sizes, wide.options());
     };
-    grad_value = allocate(value);
-    grad_locations = allocate(locations);
-    grad_weights = allocate(weights);
+    to.value = allocate(value.sizes());
+    to.where = allocate(from.where.sizes());
+    to.attend = allocate(from.attend.sizes());
+    SourceGradient<T> grad_source{to.where.mutable_data_ptr<T>(), to.attend.mutable_data_ptr<T>(), nullptr};
+    at::Tensor by_head;
+    if (wants_reference) {
+      by_head = allocate({n.batch, n.queries, n.heads, levels.count, from.numbers()});
+      grad_source.reference = by_head.mutable_data_ptr<T>();
+    }
+    const Source<T> source = read_source<T>(from);
     const T *const grad = wide_grad.const_data_ptr<T>(), *const cells = wide.const_data_ptr<T>();
-    const T *const where = locations.const_data_ptr<T>(), *const attention = weights.const_data_ptr<T>();
-    T *const by_value = grad_value.mutable_data_ptr<T>(), *const by_location = grad_locations.mutable_data_ptr<T>();
-    T* const by_weight = grad_weights.mutable_data_ptr<T>();
+    T* const by_value = to.value.mutable_data_ptr<T>();
     if (fast) {
-      fast_backward<T>(kernel, grad, cells, levels, n, where, attention, by_value, by_location, by_weight);
+      fast_backward<T>(kernel, grad, cells, levels, n, source, by_value, grad_source);
     } else {
-      plain_backward<T>(grad, cells, levels, n, where, attention, by_value, by_location, by_weight);
+      plain_backward<T>(grad, cells, levels, n, source, by_value, grad_source);
+    }
+    if (wants_reference) {
+      to.reference = at::empty(from.reference.sizes(), wide.options());
+      add_heads<T>(by_head.const_data_ptr<T>(), n.batch * n.queries, n.heads, levels.count * from.numbers(),
+                   to.reference.mutable_data_ptr<T>());
     }
   });
-  return {grad_value, grad_locations, grad_weights};
+  return to;
+}
+
+at::Tensor forward_cpu(const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& locations,
+                       const at::Tensor& weights) {
+  return forward(value, level_shapes, {locations, weights, {}});
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cpu(const at::Tensor& grad_output, const at::Tensor& value,
+                                                            at::IntArrayRef level_shapes, const at::Tensor& locations,
+                                                            const at::Tensor& weights) {
+  const Gradients to = backward(grad_output, value, level_shapes, {locations, weights, {}}, false);
+  return {to.value, to.where, to.attend};
+}
+
+// Offsets and logits may be in half precision; the reference points are in the type of the sums.
+SourceTensors widen(const at::Tensor& reference, const at::Tensor& offsets, const at::Tensor& logits) {
+  return {offsets.to(reference.scalar_type()), logits.to(reference.scalar_type()), reference};
+}
+
+at::Tensor forward_fused_cpu(const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& reference,
+                             const at::Tensor& offsets, const at::Tensor& logits) {
+  return forward(value, level_shapes, widen(reference, offsets, logits));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_fused_cpu(
+    const at::Tensor& grad_output, const at::Tensor& value, at::IntArrayRef level_shapes, const at::Tensor& reference,
+    const at::Tensor& offsets, const at::Tensor& logits, bool wants_reference) {
+  const Gradients to =
+      backward(grad_output, value, level_shapes, widen(reference, offsets, logits), wants_reference);
+  return {to.value, wants_reference ? to.reference : at::empty({0}, reference.options()), to.where, to.attend};
 }
 
 }  // namespace
@@ -279,4 +267,11 @@ TORCH_LIBRARY_FRAGMENT(assigndetr_ext, m) {
       "backward_cpu(Tensor grad_output, Tensor value, int[] level_shapes, Tensor locations, Tensor weights)"
       " -> (Tensor, Tensor, Tensor)",
       &assigndetr::backward_cpu);
+  m.def(
+      "forward_fused_cpu(Tensor value, int[] level_shapes, Tensor reference, Tensor offsets, Tensor logits) -> Tensor",
+      &assigndetr::forward_fused_cpu);
+  m.def(
+      "backward_fused_cpu(Tensor grad_output, Tensor value, int[] level_shapes, Tensor reference, Tensor offsets,"
+      " Tensor logits, bool wants_reference) -> (Tensor, Tensor, Tensor, Tensor)",
+      &assigndetr::backward_fused_cpu);
 }

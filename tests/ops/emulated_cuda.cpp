@@ -57,6 +57,21 @@ T* of(void* address) {
   return static_cast<T*>(address);
 }
 
+template <typename V, typename T, typename Source>
+void run_backward(const Call& call, void* grad_output, void* value, const Source& source,
+                  const typename Source::Gradient& grad_source, void* grad_value, void* fixed, void* largest_grad,
+                  void* largest_weight) {
+  const auto run = [&](const auto& sums) {
+    launch_backward<V, T>(of<V>(grad_output), of<V>(value), call.levels, call.n, source, sums, grad_source, 0);
+  };
+  if (fixed == nullptr) {
+    return run(PlainSums<T>{of<T>(grad_value)});
+  }
+  const FixedSums<T> sums{of<Fixed>(fixed), of<T>(largest_grad), of<T>(largest_weight), log_of_count(call.n)};
+  run(sums);
+  launch_fixed_to_float(sums, call.n.batch * call.n.cells * call.n.heads * call.n.channels, of<T>(grad_value), 0);
+}
+
 }  // namespace
 
 extern "C" {
@@ -120,7 +135,21 @@ const char* forward(int type, void* value, const int64_t* shapes, int64_t count,
   return with_types(type, [&](auto* like_value, auto* like_sum) {
     using V = std::remove_pointer_t<decltype(like_value)>;
     using T = std::remove_pointer_t<decltype(like_sum)>;
-    launch_forward<V, T>(of<V>(value), call.levels, call.n, of<T>(locations), of<T>(weights), of<V>(output), 0);
+    const StoredSource<T> source{of<T>(locations), of<T>(weights)};
+    launch_forward<V, T>(of<V>(value), call.levels, call.n, source, of<V>(output), 0);
+  });
+}
+
+// `numbers`: of a reference point.
+const char* forward_fused(int type, void* value, const int64_t* shapes, int64_t count, const int64_t* sizes,
+                          int numbers, void* reference, void* offsets, void* logits, void* output) {
+  const Call call(shapes, count, sizes);
+  return with_types(type, [&](auto* like_value, auto* like_sum) {
+    using V = std::remove_pointer_t<decltype(like_value)>;
+    using T = std::remove_pointer_t<decltype(like_sum)>;
+    const FusedSource<V, T> source{of<V>(offsets), of<V>(logits), of<T>(reference), numbers,
+                                   box_share<T>(call.n.points)};
+    launch_forward<V, T>(of<V>(value), call.levels, call.n, source, of<V>(output), 0);
   });
 }
 
@@ -132,16 +161,26 @@ const char* backward(int type, void* grad_output, void* value, const int64_t* sh
   return with_types(type, [&](auto* like_value, auto* like_sum) {
     using V = std::remove_pointer_t<decltype(like_value)>;
     using T = std::remove_pointer_t<decltype(like_sum)>;
-    const auto run = [&](const auto& sums) {
-      launch_backward<V, T>(of<V>(grad_output), of<V>(value), call.levels, call.n, of<T>(locations), of<T>(weights),
-                            sums, of<T>(grad_locations), of<T>(grad_weights), 0);
-    };
-    if (fixed == nullptr) {
-      return run(PlainSums<T>{of<T>(grad_value)});
-    }
-    const FixedSums<T> sums{of<Fixed>(fixed), of<T>(largest_grad), of<T>(largest_weight), log_of_count(call.n)};
-    run(sums);
-    launch_fixed_to_float(sums, call.n.batch * call.n.cells * call.n.heads * call.n.channels, of<T>(grad_value), 0);
+    const StoredSource<T> source{of<T>(locations), of<T>(weights)};
+    run_backward<V, T>(call, grad_output, value, source, {of<T>(grad_locations), of<T>(grad_weights)}, grad_value,
+                       fixed, largest_grad, largest_weight);
+  });
+}
+
+// `grad_reference` is by head, or null.
+const char* backward_fused(int type, void* grad_output, void* value, const int64_t* shapes, int64_t count,
+                           const int64_t* sizes, int numbers, void* reference, void* offsets, void* logits,
+                           void* grad_value, void* grad_reference, void* grad_offsets, void* grad_logits, void* fixed,
+                           void* largest_grad, void* largest_weight) {
+  const Call call(shapes, count, sizes);
+  return with_types(type, [&](auto* like_value, auto* like_sum) {
+    using V = std::remove_pointer_t<decltype(like_value)>;
+    using T = std::remove_pointer_t<decltype(like_sum)>;
+    const FusedSource<V, T> source{of<V>(offsets), of<V>(logits), of<T>(reference), numbers,
+                                   box_share<T>(call.n.points)};
+    run_backward<V, T>(call, grad_output, value, source,
+                       {of<V>(grad_offsets), of<T>(grad_logits), of<T>(grad_reference)}, grad_value, fixed,
+                       largest_grad, largest_weight);
   });
 }
 }

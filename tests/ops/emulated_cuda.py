@@ -20,7 +20,8 @@ _TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def compiled(architecture: int) -> ctypes.CDLL:
     """Compile the kernels of attention as for `architecture`, such as 900: they differ in how they add to memory."""
     library = _compile("emulated_cuda.cpp", f"-DASSIGNDETR_ADDS_FOUR={int(architecture >= 900)}")
-    library.forward.restype = library.backward.restype = ctypes.c_char_p
+    for name in ("forward", "backward", "forward_fused", "backward_fused"):
+        getattr(library, name).restype = ctypes.c_char_p
     library.items_of.restype = ctypes.c_int64
     return library
 
@@ -145,3 +146,52 @@ def assign(
     )
     assert found == room
     return pairs, list(kinds)
+
+
+def forward_fused(value, shapes, reference_points, offsets, logits, architecture=900) -> torch.Tensor:
+    """Return what the CUDA kernel would: see ops.ms_deform_attn_fused."""
+    output = torch.full((*logits.shape[:2], value.shape[2] * value.shape[3]), torch.nan, dtype=value.dtype)
+    error = compiled(architecture).forward_fused(
+        _TYPES.index(value.dtype),
+        _address(value),
+        *_call(shapes, _sizes(value, logits)),
+        reference_points.shape[-1],
+        *(_address(tensor) for tensor in (reference_points, offsets, logits, output)),
+    )
+    assert error is None, error
+    return output
+
+
+def backward_fused(
+    grad_output,
+    value,
+    shapes,
+    reference_points,
+    offsets,
+    logits,
+    deterministic=False,
+    architecture=900,
+    wants_reference=True,
+):
+    """Return the gradients of value, reference points, offsets and logits; all but the third in the type of sums."""
+    sums = reference_points.dtype
+    heads, numbers = value.shape[2], reference_points.shape[-1]
+    by_head = torch.full((*logits.shape[:2], heads, len(shapes), numbers), torch.nan, dtype=sums)
+    grads = [torch.full(value.shape, torch.nan, dtype=sums), by_head if wants_reference else None]
+    grads += [torch.full_like(offsets, torch.nan), torch.full(logits.shape, torch.nan, dtype=sums)]
+    fixed = [None] * 3
+    if deterministic:
+        largest = [grad_output.abs().max().to(sums), torch.ones((), dtype=sums)]
+        fixed = [torch.zeros(value.shape, dtype=torch.int64), *largest]
+    else:
+        grads[0].zero_()
+    error = compiled(architecture).backward_fused(
+        _TYPES.index(value.dtype),
+        _address(grad_output),
+        _address(value),
+        *_call(shapes, _sizes(value, logits)),
+        numbers,
+        *(_address(tensor) for tensor in (reference_points, offsets, logits, *grads, *fixed)),
+    )
+    assert error is None, error
+    return grads[0], by_head.sum(2) if wants_reference else None, *grads[2:]

@@ -9,7 +9,7 @@ from ops import benchmark
 
 def test_the_benchmark_writes_times_and_errors_of_every_candidate(tmp_path, capsys):
     file = tmp_path / "numbers.json"
-    arguments = "--shapes dec300 --repeats 1 --devices cpu --backends reference --threads 1 --dtypes fp32 --json"
+    arguments = "--what operator --shapes dec300 --repeats 1 --devices cpu --backends reference --dtypes fp32 --json"
     benchmark.main([*arguments.split(), str(file)])
     report = json.loads(file.read_text())
     assert [(row["shape"], row["mode"], row["candidate"], row["ratio"]) for row in report["times"]] == [
@@ -22,6 +22,18 @@ def test_the_benchmark_writes_times_and_errors_of_every_candidate(tmp_path, caps
     assert 0 < errors["output"] < 1e-5 and 0 < errors["grad value"] < 1e-5
     printed = capsys.readouterr().out
     assert "CPU: " in printed and "| dec300 | forward+backward | reference |" in printed
+
+
+def test_the_benchmark_compares_the_layer_with_and_without_the_fused_operator(tmp_path):
+    file = tmp_path / "numbers.json"
+    arguments = "--what layer --shapes dec300 --repeats 1 --devices cpu --backends reference --dtypes bf16 --json"
+    benchmark.main([*arguments.split(), str(file)])
+    rows = json.loads(file.read_text())["layers"]
+    assert [(row["mode"], row["way"]) for row in rows] == [
+        (mode, way) for mode in benchmark.MODES for way in ("unfused", "fused")
+    ]
+    assert all(0 < row["least"] <= row["median"] <= row["most"] for row in rows)
+    assert rows[1]["kept"] < rows[0]["kept"]
 
 
 @pytest.mark.parametrize("dist", ["model", "uniform"])

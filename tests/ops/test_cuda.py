@@ -165,3 +165,51 @@ def test_values_of_more_than_two_to_the_31_elements_are_addressed_right():
     assert output[-1].eq(1).all() and not output[:-1].any()
     output.backward(torch.ones_like(output))
     assert value.grad[:, -1].eq(1).all() and value.grad[0, 0].eq(0).all()
+
+
+def draw_fused(dtype, numbers):
+    """Return value, shapes, reference points, offsets, logits and a gradient of the output, on the GPU."""
+    value, shapes, locations, weights, grad = draw(dtype, queries=None)
+    points = torch.rand(*weights.shape[:2], len(shapes), numbers, device="cuda").to(weights.dtype)
+    offsets, logits = (torch.randn(tensor.shape, device="cuda").to(dtype) for tensor in (locations, weights))
+    return value, shapes, points, offsets, logits, grad
+
+
+def run_fused(value, shapes, points, offsets, logits, grad):
+    """Return the output and the four gradients of the fused operator."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (value, points, offsets, logits)]
+    output = ops.ms_deform_attn_fused(leaves[0], shapes, *leaves[1:])
+    return output.detach(), *torch.autograd.grad(output, leaves, grad)
+
+
+@pytest.mark.parametrize("numbers", [2, 4])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_the_fused_operator_gives_the_same_bits_in_twenty_deterministic_runs(deterministic, dtype, numbers):
+    inputs = draw_fused(dtype, numbers)
+    first = run_fused(*inputs)
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(run_fused(*inputs), first, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_fused_operator_waits_for_nothing_and_can_be_recorded_as_a_graph(deterministic, dtype):
+    inputs = draw_fused(dtype, 4)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run_fused(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_fused(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run_fused(*inputs)
+    other = draw_fused(dtype, 4)
+    for old, new in zip(inputs, other, strict=True):
+        if isinstance(old, torch.Tensor):  # the shapes stay
+            old.copy_(new)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(recorded, run_fused(*other), strict=True))

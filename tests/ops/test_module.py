@@ -15,8 +15,10 @@ CELLS = 30
 @pytest.fixture(autouse=True)
 def reference_backend():
     ops.set_backend("reference")
+    before = ops.selection.fused()
     yield
     ops.set_backend("auto")
+    ops.set_fused(before)
 
 
 def build(seed=0, **keywords):
@@ -116,9 +118,9 @@ def test_padded_cells_do_not_matter_whatever_they_hold():
 
 
 def test_an_offset_of_one_moves_by_one_cell_of_each_level():
-    layer = MSDeformAttn(d_model=1, n_levels=2, n_heads=1, n_points=1)
     reference = torch.tensor([0.5, 0.5]).expand(1, 1, 2, 2)
-    locations = layer._locations(reference[:], torch.ones(1, 1, 1, 2, 1, 2), SHAPES)
+    offsets, logits = torch.ones(1, 1, 1, 2, 1, 2), torch.zeros(1, 1, 1, 2, 1)
+    locations, _ = ops.sampling_points(reference, offsets, logits, SHAPES)
     expected = torch.tensor([[0.5 + 1 / 6, 0.5 + 1 / 4], [0.5 + 1 / 3, 0.5 + 1 / 2]])
     torch.testing.assert_close(locations.view(2, 2), expected)
 
@@ -138,6 +140,7 @@ def test_under_autocast_the_sampling_stays_in_float32(monkeypatch):
 
     layer, (query, reference, memory) = build(), draw()
     monkeypatch.setitem(MSDeformAttn.forward.__globals__, "ms_deform_attn", spy)
+    ops.set_fused(False)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(query, reference, memory, SHAPES)
     assert seen == {"locations": torch.float32, "weights": torch.float32}

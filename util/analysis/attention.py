@@ -17,7 +17,7 @@ from models.assign import Request
 from models.criterion import Criterion
 from models.decoder import DeformableDecoder
 from models.detector import Detector
-from ops.module import MSDeformAttn, at_least_float32
+from ops import MSDeformAttn, sampling_points
 from util.structures import Assignment, DetectorOutput, FlatTargets, LevelShapes, Memory, SupervisedSet, Target
 
 
@@ -73,11 +73,9 @@ def sampling(
 ) -> Samples:
     """Return the sampling points of `attention` for the arguments of its forward pass."""
     shape = (*query.shape[:2], attention.n_heads, attention.n_levels, attention.n_points)
-    offsets = at_least_float32(attention.sampling_offsets(query)).view(*shape, 2)
-    logits = at_least_float32(attention.attention_weights(query)).view(*shape[:3], -1)
-    # Private, but the only definition of the geometry: a second one would drift from it.
-    locations = attention._locations(at_least_float32(reference), offsets, level_shapes)
-    return Samples(locations, logits.softmax(-1).view(shape))
+    offsets = attention.sampling_offsets(query).view(*shape, 2)
+    logits = attention.attention_weights(query).view(shape)
+    return Samples(*sampling_points(reference, offsets, logits, level_shapes))
 
 
 def splat(samples: Samples, chosen: Tensor, shapes: LevelShapes) -> list[Tensor]:
