@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import ms_deform_attn_fused, sampling_points
+from .gather import is_portable
 from .ms_deform_attn import ms_deform_attn
 from .selection import fused
 
@@ -94,7 +95,7 @@ class MSDeformAttn(nn.Module):
         shape = (batch, queries, self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
         logits = self.attention_weights(query).view(shape)
-        if fused():
+        if fused() and not is_portable():
             return self.output_proj(ms_deform_attn_fused(value, level_shapes, reference, offsets, logits))
         locations, weights = sampling_points(reference, offsets, logits, level_shapes)
         return self.output_proj(ms_deform_attn(value, level_shapes, locations, weights).to(value.dtype))
