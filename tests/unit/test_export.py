@@ -29,7 +29,7 @@ from util.export_check import (
     refuse_foreign,
 )
 
-SMALL = "--enc_layers 1 --dec_layers 1 --num_queries 12 --num_feature_levels 2"
+SMALL = "--enc_layers 1 --dec_layers 1 --num_queries 12 --num_feature_levels 3"
 TWO_STAGE = f"{SMALL} --two_stage --with_box_refine --mixed_selection"
 TRAINING_ONLY = "--num_queries_one2many 20 --k_one2many 2 --aux_heads atss"
 DINO = f"{TWO_STAGE} --query_pos box --look_forward_twice --decoder_norm --share_heads --dn_number 4"
