@@ -28,6 +28,7 @@ from util.environment import describe_run, effective_batch, plain_args, prepare_
 from util.errors import UserError
 from util.evaluation import Evaluation, best_result
 from util.infer_args import given_flags
+from util.known_errors import explain
 from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
@@ -48,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if (known := explain(error, args)) is None:
+            raise
+        print(f"error: {known}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         way_on = "; --resume auto goes on from the last checkpoint" if args.output_dir and not args.infer else ""
