@@ -20,7 +20,15 @@ from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.assignments import Assignments
-from util.checkpoint import compare_classes, init_from, load_criterion, load_weights, read_checkpoint, stored_args
+from util.checkpoint import (
+    brings_backbone,
+    compare_classes,
+    init_from,
+    load_criterion,
+    load_weights,
+    read_checkpoint,
+    stored_args,
+)
 from util.commands import chosen_command
 from util.correspondence import Correspondences
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
@@ -83,7 +91,8 @@ def run(args: Namespace) -> int | None:
     args.num_classes = args.num_classes or val_set.num_classes
 
     seed_everything(args.seed)
-    model, criterion, postprocessor = build_parts(args, device, download=checkpoint is None)
+    download = checkpoint is None and not brings_backbone(args.init_from, args.backbone)
+    model, criterion, postprocessor = build_parts(args, device, download)
     for line in on_eval(stored_args(checkpoint or {}), vars(args), name) if args.eval or args.analyse else ():
         dist.info(line)
     if checkpoint is not None and (warning := compare_classes(checkpoint, val_set.class_names)):

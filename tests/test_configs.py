@@ -36,7 +36,20 @@ def row_of(preset: Path) -> str:
 
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    ours = ("LAUNCH", "GPUS_", "SRUN_", "CPUS_", "OMP_", "DATA", "MASTER_", "NNODES", "NODE_RANK")
+    ours = (
+        "LAUNCH",
+        "GPUS_",
+        "SRUN_",
+        "CPUS_",
+        "OMP_",
+        "DATA",
+        "MASTER_",
+        "NNODES",
+        "NODE_RANK",
+        "TRAIN_",
+        "VAL_",
+        "INIT",
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=60)
@@ -167,7 +180,7 @@ def test_defaults_are_those_of_the_published_tables() -> None:
 
 
 def test_every_row_of_a_paper_has_its_preset_and_every_preset_its_row() -> None:
-    of_papers = {row_of(p) for p in PRESETS if p.parent.name not in ("synthetic", "bccd")}
+    of_papers = {row_of(p) for p in PRESETS if p.parent.name not in ("synthetic", "bccd", "finetune")}
     assert of_papers == set(PUBLISHED)
 
 
@@ -209,6 +222,25 @@ def test_the_blood_cell_preset_fits_the_layout_of_the_data_set() -> None:
     args = parsed(flags_of(CONFIGS / "bccd" / "r18_cpu.sh", DATA=str(folder)))
     for path in (args.train_images, args.train_json, args.val_images, args.val_json):
         assert Path(path).exists(), path
+
+
+def test_the_fine_tuning_preset_takes_every_path_from_the_environment() -> None:
+    preset, names = CONFIGS / "finetune" / "custom.sh", ("train_images", "train_json", "val_images", "val_json")
+    given = {name.upper(): f"/my data/{name}" for name in names}
+    args = vars(parsed(flags_of(preset, **given)))
+    assert [args[name] for name in names] == list(given.values())
+    args = vars(parsed(flags_of(preset, DATA="/my data")))
+    assert args["train_images"] == args["val_images"] == "/my data/images"
+    assert args["train_json"] == "/my data/annotations/instances_train.json"
+    assert args["val_json"] == "/my data/annotations/instances_val.json"
+
+
+def test_the_pair_of_blood_cell_presets_differs_in_the_weights_it_starts_from() -> None:
+    scratch, tuned = (
+        vars(parsed(flags_of(CONFIGS / "bccd" / f"{name}_cpu.sh", INIT="a b.pth"))) for name in ("short", "finetune")
+    )
+    different = {name for name in scratch if scratch[name] != tuned[name]}
+    assert different == {"output_dir", "init_from", "init_class_rows"} and tuned["init_from"] == "a b.pth"
 
 
 def test_launch_dist_puts_torchrun_in_front(fake_programs: str) -> None:

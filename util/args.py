@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 
 from util.anchor_args import add_anchors, add_denoising
+from util.convert_args import add_convert_data
 from util.data_args import add_data_checks
 from util.infer_args import add_infer
 from util.picture_args import add_pictures
@@ -30,6 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     for add in (
         _add_run,
         _add_data,
+        add_convert_data,
         _add_synthetic,
         add_data_checks,
         _add_backbone,

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from util import dist
-from util.convert import find_weights, fit_to_model, to_native
+from util.class_rows import common_classes, copy_rows, is_class_head, published_names
+from util.convert import QUERY_TABLES, find_weights, fit_to_model, to_native
 from util.convert_mmdet import class_names as mmdet_class_names
 from util.errors import UserError
-from util.misfit import LoadReport, advise
+from util.misfit import LoadReport, advise, describe, group_names
 
 TEMPORARY = ".tmp"
 
@@ -225,10 +226,18 @@ def shared_names(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
+def brings_backbone(path: str, backbone: str) -> bool:
+    """Say whether the file of `--init_from` has the weights of this `--backbone`: then ImageNet's need no download."""
+    return bool(path) and describe(native_weights(read_checkpoint(path), path))["backbone"] == backbone
+
+
 def init_from(
     model: nn.Module, path: str, class_names: Sequence[str], copy_class_rows: bool = False
 ) -> tuple[LoadReport, list[str]]:
     """Start from the weights of another run: take what fits, keep the initial values elsewhere.
+
+    Rows of another shape that mean the same in both models are taken too: the file's rows of a query table with more
+    rows here, and in class heads those that stand for no class (`util.class_rows.copy_rows`).
 
     Args:
         class_names: of this run, by class index.
@@ -239,51 +248,43 @@ def init_from(
     """
     content = read_checkpoint(path)
     state = native_weights(content, path)
-    if not copy_class_rows:
-        report = load_weights(model, state, strict=False)
-        report.advice = [line for line in report.advice if "--init_from" not in line]  # that is for --resume
-        return report, []
-    theirs = stored_class_names(content) or _published_names(state)
-    if theirs is None:
-        raise UserError(f"--init_class_rows: {path} does not say its class names, nor has it 91 or 80 as COCO's files")
-    heads = {name: value for name, value in state.items() if _is_class_head(name)}
-    report = load_weights(model, {n: v for n, v in state.items() if n not in heads}, strict=False)
+    heads = {name: value for name, value in state.items() if is_class_head(name)}
+    common: list[tuple[int, int]] = []
+    if copy_class_rows:
+        theirs = stored_class_names(content) or published_names(state)
+        if theirs is None:
+            raise UserError(
+                f"--init_class_rows: {path} does not say its class names, nor has it 91 or 80 as COCO's files"
+            )
+        common = common_classes(class_names, theirs)
+        state = {name: value for name, value in state.items() if name not in heads}
+    report = load_weights(model, state, strict=False)
+    _copy_queries(model, state, report)
+    done = ["--init_from", "--dn_labelbook_size"]  # other classes: right for --resume, and here what is wanted
+    if not any(name in report.reshaped for name in QUERY_TABLES):
+        done.append("--num_queries_one2one")
+    report.advice = [line for line in report.advice if not any(flag in line for flag in done)]
     own = model.state_dict()
-    report.missing = [n for n in report.missing if n not in heads]
-    for name, value in heads.items():
-        if name in own and own[name].shape[1:] != value.shape[1:]:  # another width: no row fits
-            report.reshaped[name] = tuple(value.shape), tuple(own[name].shape)
-    return report, _copy_rows(model, heads, theirs, class_names)
-
-
-def _is_class_head(name: str) -> bool:
-    """Say whether a tensor has a row per class, in the order of the classes; but see `_copy_rows`."""
-    pattern = r"((^|\.)class_embed\.\d+|enc_out_class_embed)\.(weight|bias)$|^label_enc\.weight$"
-    return re.search(pattern, name) is not None
-
-
-def _published_names(state: Mapping[str, Tensor]) -> Sequence[str] | None:
-    """Return the names behind the 91 rows of published COCO files, or the 80 in the order of their ids."""
-    from datasets.coco_names import COCO_NAMES
-
-    rows = state["class_embed.0.weight"].shape[0] if "class_embed.0.weight" in state else 0
-    if rows == len(COCO_NAMES):
-        return [name for _, name in sorted(COCO_NAMES.items())]
-    return [COCO_NAMES.get(i, "N/A") for i in range(91)] if rows == 91 else None
+    if copy_class_rows:
+        report.missing = [n for n in report.missing if n not in heads]
+        for name, value in heads.items():
+            if name in own and own[name].shape[1:] != value.shape[1:]:  # another width: no row fits
+                report.reshaped[name] = tuple(value.shape), tuple(own[name].shape)
+    else:
+        heads = {name: value for name, value in heads.items() if name in report.reshaped}
+    kept = [name for name in copy_rows(model, heads, common) if not name.startswith("transformer.")]  # second names
+    if kept:
+        report.lines.append(f"rows that stand for no class were taken: {', '.join(group_names(kept))}")
+    return report, [class_names[i] for i, _ in common]
 
 
 @torch.no_grad()
-def _copy_rows(model: nn.Module, heads: Mapping[str, Tensor], theirs: Sequence[str], ours: Sequence[str]) -> list[str]:
-    """Copy rows by class name; row 0 of a head of encoder proposals that knows only "object" (two-stage), as it is."""
-    index = {name: i for i, name in enumerate(theirs) if name != "N/A"}
-    common = [(i, index[name]) for i, name in enumerate(ours) if name in index]
-    own = dict(model.state_dict(keep_vars=True))
-    encoder_head = max((int(n.split(".")[1]) for n in own if n.startswith("class_embed.")), default=-1)
-    two_stage = "transformer.pos_trans.weight" in own  # DINO's proposals have classes, and a head of another name
-    for name, value in heads.items():
-        if name not in own or own[name].shape[1:] != value.shape[1:]:
-            continue
-        is_encoder = two_stage and f"class_embed.{encoder_head}." in name
-        for to, source in [(0, 0)] if is_encoder else common:
-            own[name][to] = value[source]
-    return [ours[i] for i, _ in common]
+def _copy_queries(model: nn.Module, state: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Copy the rows of a query table that has more rows in the model; `load_weights` does the opposite case."""
+    own = model.state_dict()
+    for name in QUERY_TABLES:
+        if name in report.reshaped and own[name].shape[1:] == state[name].shape[1:]:
+            rows = len(state[name])
+            own[name][:rows] = state[name]
+            del report.reshaped[name]
+            report.lines.append(f"{name}: the first {rows} of {len(own[name])} rows are the file's")

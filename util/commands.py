@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plot": ("util.plot", "plot_command"),
     "report": ("util.report", "report_command"),
     "attention_images": ("util.analysis.image_files", "attention_of_files"),
+    "convert_data": ("datasets.convert", "convert_command"),
 }
 
 
