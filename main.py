@@ -48,7 +48,7 @@ __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 if a test failed, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Run the command line; return 0, 1 if a test failed, 2 after what the user can mend, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
     if args.infer:
         args.given_flags = given_flags(get_args_parser(), argv)  # only what was given wins over the checkpoint

@@ -69,7 +69,7 @@ def _ways_of_training(args: Namespace) -> list[tuple[bool, str]]:
     queries = [f"--{name} (now {getattr(args, name)})" for name in ("num_queries_one2many", "dn_number")]
     given = [text for text in queries if not text.endswith("(now 0)")]
     return [
-        (not args.use_checkpoint, "--use_checkpoint: activations are computed twice, the result is the same"),
+        (not args.use_checkpoint, "--use_checkpoint: the transformer, and a Swin, compute twice what they do not keep"),
         (args.batch_size > 1, f"{smaller}: fewer images at once, the same number per step of the optimiser"),
         (bool(given), f"fewer queries of training: {', '.join(given)}"),
     ]
