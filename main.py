@@ -30,6 +30,7 @@ from util.checkpoint import (
     stored_args,
 )
 from util.commands import chosen_command
+from util.compile import prepare
 from util.correspondence import Correspondences
 from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
@@ -162,7 +163,8 @@ def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[
     if not download and args.backbone_weights != "none":
         args = Namespace(**{**vars(args), "backbone_weights": "checkpoint"})
     model, criterion, postprocessor = build_model(args)
-    return model.to(device), criterion.to(device), postprocessor
+    model = prepare(model.to(device), channels_last=args.channels_last, compiled=args.compile)
+    return model, criterion.to(device), postprocessor
 
 
 def start_from(args: Namespace, model: nn.Module, class_names: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ class LearnedAnchorTransformer(DeformableTransformer):
         return {"tgt_embed": content, "refpoint_embed": boxes, **patterns}
 
     def seeds(self, memory: Memory, heads: Heads, tables: Mapping[str, Tensor], claims: Sequence[Claim]) -> list[Seeds]:
-        images, found = len(memory.tokens), []
+        images, found = memory.tokens.shape[0], []
         for claim in claims:
             content, reference = (tables[name][claim.rows] for name in ("tgt_embed", "refpoint_embed"))
             if self.num_patterns:
@@ -136,6 +136,6 @@ class AnchorProposalTransformer(DeformableTransformer):
         content = chosen.detach()
         if self.mixed_selection:
             rows = self.tgt_embed.weight[claim.start : claim.start + index.shape[1]]
-            content = rows.expand(len(tokens), -1, -1)
+            content = rows.expand(tokens.shape[0], -1, -1)
         proposed = Predictions(proposals.gather_rows(scores, index)[None], boxes[None], embeds=[chosen])
         return Seeds(content, None, boxes.detach(), proposed if claim.count else None)

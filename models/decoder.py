@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from models.encoder import xavier_matrices
 from models.heads import MLP, Heads, shift_box
 from models.position_encoding import sine_embed_boxes
-from models.visibility import hide_padding, visibility
+from models.visibility import AttentionPart, attention_parts
 from ops.module import MSDeformAttn, at_least_float32
 from util.structures import Memory, Predictions, QueryGroup, SupervisedSet
 
@@ -36,17 +36,19 @@ class DecoderLayer(nn.Module):
         self.dropout4 = nn.Dropout(dropout)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, pos: Tensor, reference: Tensor, memory: Memory, blocked: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, pos: Tensor, reference: Tensor, memory: Memory, parts: Sequence[AttentionPart]
+    ) -> Tensor:
         """Return the queries (B, Q, D) after one layer.
 
         Args:
             x, pos: content and position of the queries, (B, Q, D).
             reference: (B, Q, 2 or 4) relative to the unpadded image.
-            blocked: (Q, Q), or (B * heads, Q, Q) where it depends on the image; bool, True where a query (row) may not
-                see another (column); None = all may.
+            parts: who sees whom, see `attention_parts`.
         """
         query = x + pos
-        attended, _ = self.self_attn(query, query, x, attn_mask=blocked, need_weights=False)
+        attended = [self._look(query, x, part) for part in parts]
+        attended = attended[0] if len(attended) == 1 else torch.cat(attended, 1)
         x = self.norm2(x + self.dropout2(attended))
         ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)
         per_level = reference[:, :, None] * ratios[:, None]
@@ -54,6 +56,11 @@ class DecoderLayer(nn.Module):
         x = self.norm1(x + self.dropout1(attended))
         hidden = self.linear2(self.dropout3(self.linear1(x).relu()))
         return self.norm3(x + self.dropout4(hidden))
+
+    def _look(self, query: Tensor, x: Tensor, part: AttentionPart) -> Tensor:
+        """Return what self-attention gives the slots of `part`."""
+        rows, keys, blocked = part
+        return self.self_attn(query[:, rows], query[:, keys], x[:, keys], attn_mask=blocked, need_weights=False)[0]
 
 
 class DeformableDecoder(nn.Module):
@@ -109,8 +116,7 @@ class DeformableDecoder(nn.Module):
         x = torch.cat([g.content for g in groups], 1)
         pos = None if self.ref_point_head else torch.cat([g.pos for g in groups], 1)
         reference = torch.cat([g.reference for g in groups], 1)
-        may_see = visibility(groups, x.device)
-        blocked = hide_padding(None if may_see is None else ~may_see, _padding(groups), self.num_heads)
+        looks = attention_parts(groups, _padding(groups), self.num_heads, x.device)
         parts = _by_heads(groups, heads)
         logits, boxes, embeds = [], [], []
         head_reference = reference  # what the head adds its offset to; differs from `reference` only in its gradient
@@ -118,9 +124,9 @@ class DeformableDecoder(nn.Module):
             if self.ref_point_head:
                 pos = self.position(x if i else None, reference, memory)
             if self.use_checkpoint and self.training:
-                x = checkpoint(layer, x, pos, reference, memory, blocked, use_reentrant=False)
+                x = checkpoint(layer, x, pos, reference, memory, looks, use_reentrant=False)
             else:
-                x = layer(x, pos, reference, memory, blocked)
+                x = layer(x, pos, reference, memory, looks)
             class_heads = [(h.class_embed[i], slots) for h, slots in parts]
             box_heads = [(h.bbox_embed[i], slots) for h, slots in parts]
             embeds.append(self.norm(x) if self.norm else x)

@@ -24,9 +24,10 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
+        *hidden, last = self.layers  # torch.export of PyTorch 2.6 cannot slice a list of modules
+        for layer in hidden:
             x = layer(x).relu()
-        return self.layers[-1](x)
+        return last(x)
 
 
 def shift_box(delta: Tensor, reference: Tensor, eps: float = 1e-5) -> Tensor:

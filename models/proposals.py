@@ -44,7 +44,10 @@ def select_top(scores: Tensor, count: int) -> Tensor:
 
     The order of equal scores is not defined. One small function on purpose: a test that pins the order replaces it.
     """
-    return scores.topk(min(count, scores.shape[1]), dim=1).indices
+    # While a graph for any size is recorded, the number of tokens is a symbol; that of queries must not become one too.
+    if isinstance(scores.shape[1], int):
+        count = min(count, scores.shape[1])
+    return scores.topk(count, dim=1).indices
 
 
 def select_unused(scores: Tensor, used: Sequence[Tensor], count: int) -> Tensor:

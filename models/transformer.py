@@ -91,7 +91,7 @@ class LearnedQueryTransformer(DeformableTransformer):
         return {"query_embed": nn.Embedding(rows, 2 * self.reference_points.in_features)}
 
     def seeds(self, memory: Memory, heads: Heads, tables: Mapping[str, Tensor], claims: Sequence[Claim]) -> list[Seeds]:
-        rows = tables["query_embed"][: max(c.rows.stop for c in claims)].expand(len(memory.tokens), -1, -1)
+        rows = tables["query_embed"][: max(c.rows.stop for c in claims)].expand(memory.tokens.shape[0], -1, -1)
         pos, content = rows.chunk(2, dim=-1)
         reference = at_least_float32(self.reference_points(pos)).sigmoid()
         return [Seeds(content[:, c.rows], pos[:, c.rows], reference[:, c.rows]) for c in claims]
@@ -164,7 +164,7 @@ class TwoStageTransformer(DeformableTransformer):
             # The second half is thrown away, but the norm still runs over both halves.
             table = tables["query_embed"]
             rows = [table[c.start : c.start + size] for c, size in zip(claims, sizes)]
-            contents = [row.expand(len(boxes), -1, -1) for row in rows]
+            contents = [row.expand(boxes.shape[0], -1, -1) for row in rows]
         return [Seeds(*parts) for parts in zip(contents, pos.split(sizes, 1), boxes.split(sizes, 1), seen)]
 
 

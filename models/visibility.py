@@ -4,11 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from util.structures import QueryGroup
+
+
+class AttentionPart(NamedTuple):
+    """Slots of the stack that look at the same range of slots."""
+
+    rows: slice
+    keys: slice
+    blocked: (
+        Tensor | None
+    )  # (rows, keys), or (B * heads, rows, keys); True where a row may not see a key; None: nowhere
+
+
+def attention_parts(
+    groups: Sequence[QueryGroup], padding: Tensor | None, heads: int, device: torch.device
+) -> list[AttentionPart]:
+    """Cut self-attention into parts that need no mask where groups are blind to each other.
+
+    Masked pairs cost as much as others, and an attention without any mask has faster kernels. 300 and 1500 queries of
+    H-DETR take 1.4 times as long together as apart, 900 and 200 of DINO 1.1 times (one processor thread, forward and
+    backward).
+
+    Args:
+        groups: side by side in the stack.
+        padding: (B, Q), True = empty slot; None: there are none.
+        heads: of the attention.
+    """
+    starts = list(accumulate((len(group) for group in groups), initial=0))
+    runs: list[list[int]] = []  # first and last slot of the rows, first and last slot of the keys
+    all_seen: list[bool] = []  # whether the rows of a run see all of its keys
+    for i, group in enumerate(groups):
+        if not len(group):
+            continue
+        seen = [j for j, other in enumerate(groups) if (j == i or other.name in group.sees) and len(other)]
+        keys = [starts[seen[0]], starts[seen[-1] + 1]]
+        free = group.block is None and sum(len(groups[j]) for j in seen) == keys[1] - keys[0]
+        if runs and runs[-1][2:] == keys:
+            runs[-1][1], all_seen[-1] = starts[i + 1], all_seen[-1] and free
+        else:
+            runs.append([starts[i], starts[i + 1], *keys])
+            all_seen.append(free)
+    blocked = None
+    if padding is not None or not all(all_seen):
+        seen = visibility(groups, device)
+        blocked = hide_padding(None if seen is None else ~seen, padding, heads)
+    parts = []
+    for (first, last, start, stop), free in zip(runs, all_seen):
+        rows, keys = slice(first, last), slice(start, stop)
+        hidden = None if free and padding is None else blocked[..., rows, keys]
+        parts.append(AttentionPart(rows, keys, hidden))
+    return parts
 
 
 def visibility(groups: Sequence[QueryGroup], device: torch.device) -> Tensor | None:

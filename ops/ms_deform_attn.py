@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference
+from . import gather, reference
 from .selection import active_backend
 
 FORWARD, BACKWARD = "assigndetr::ms_deform_attn", "assigndetr::ms_deform_attn_backward"
@@ -57,6 +57,8 @@ def ms_deform_attn(
     _check(value, shapes, locations, weights)
     if not _AUTOCAST_IN_OPERATOR and torch.is_autocast_enabled(value.device.type):
         value, locations, weights = (t if t.dtype == torch.float64 else t.float() for t in (value, locations, weights))
+    if gather.is_portable():
+        return gather.forward(value, shapes, locations, weights)
     return torch.ops.assigndetr.ms_deform_attn(value, shapes, locations, weights)
 
 

@@ -8,6 +8,7 @@ from util.anchor_args import anchor_rules
 from util.convert_args import convert_data_rules
 from util.data_args import data_check_rules
 from util.errors import UserError
+from util.export_args import export_rules
 from util.idle_flags import class_target, idle_flags
 from util.infer_args import infer_rules
 from util.picture_args import picture_rules
@@ -39,7 +40,7 @@ Rules = list[tuple[bool, str]]  # (broken, what is wrong and the way out)
 
 def _rules(a: argparse.Namespace) -> Rules:
     parts = [_bounds, _model_rules, _run_rules, _data_rules, _hybrid_rules, _head_rules, _matcher_rules, anchor_rules]
-    parts += [infer_rules, data_check_rules, report_rules, picture_rules, convert_data_rules]
+    parts += [infer_rules, data_check_rules, report_rules, picture_rules, convert_data_rules, export_rules]
     return [rule for part in parts for rule in part(a)]
 
 

@@ -11,10 +11,12 @@ import argparse
 from util.anchor_args import add_anchors, add_denoising
 from util.convert_args import add_convert_data
 from util.data_args import add_data_checks
+from util.export_args import add_export
 from util.infer_args import add_infer
 from util.picture_args import add_pictures
 from util.report_args import add_reports
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
+from util.speed_args import add_speed
 
 SWITCH = argparse.BooleanOptionalAction
 
@@ -44,11 +46,13 @@ def get_args_parser() -> argparse.ArgumentParser:
         add_auxiliary,
         add_losses,
         _add_optimisation,
+        add_speed,
         _add_distributed,
         _add_logging,
         add_infer,
         add_reports,
         add_pictures,
+        add_export,
     ):
         add(parser)
     return parser

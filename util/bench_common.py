@@ -23,6 +23,7 @@ from models import build_criterion, build_detector
 from models.assign import hungarian
 from models.criterion import Criterion
 from util import dist
+from util.compile import prepare
 from util.engine import StepSettings
 from util.errors import UserError
 from util.optim import build_optimizer, freeze
@@ -120,6 +121,7 @@ def model_forms(args: Namespace, images: ImageBatch, targets: list[Target], loss
     seed_everything(args.seed)
     device = images.pixels.device
     model, criterion = build_detector(args).to(device), build_criterion(args).to(device)
+    prepare(model, channels_last=args.channels_last, compiled=args.compile)
     freeze(model, args.freeze)
     optimizer = build_optimizer(args, model, criterion, lr_factor=0.0)  # as much work, and the weights stay
     settings = StepSettings(args.amp, clip_max_norm=args.clip_max_norm)

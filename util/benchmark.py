@@ -10,6 +10,7 @@ from pathlib import Path
 BENCHMARKS = {
     "eval": ("util.bench_eval", "COCO's evaluation by each installed package: while images arrive, and after the last"),
     "loader": ("util.bench_loader", "images/s per core of the data loader, beside the way over PIL images"),
+    "step": ("util.bench_train", "whole training steps of presets: images/s, memory, and where the time goes"),
     "matching": ("util.bench_matching", "Hungarian matching: the published way against ours, the solver against SciPy"),
 }
 

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("util.report", "report_command"),
     "attention_images": ("util.analysis.image_files", "attention_of_files"),
     "convert_data": ("datasets.convert", "convert_command"),
+    "export": ("util.export", "export_command"),
 }
 
 

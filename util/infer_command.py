@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 import ops
 from util import dist
 from util.checkpoint import native_weights, read_checkpoint
+from util.compile import prepare
 from util.environment import prepare_output_dir
 from util.errors import UserError
 from util.infer import Predictor, build_predictor, model_flags, with_given
@@ -91,7 +92,7 @@ def predictor_of(args: Namespace, device: torch.device) -> Predictor:
     else:
         flags = args if set(given) & set(MODEL_FLAGS) else model_flags(content, name)
     general, named = thresholds(args.score_threshold)
-    return build_predictor(
+    predictor = build_predictor(
         content,
         name,
         flags,
@@ -102,6 +103,8 @@ def predictor_of(args: Namespace, device: torch.device) -> Predictor:
         classes=args.infer_classes or None,
         amp=args.amp,
     )
+    prepare(predictor.model, channels_last=args.channels_last, compiled=args.compile)
+    return predictor
 
 
 @dataclass

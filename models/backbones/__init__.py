@@ -7,11 +7,13 @@ whose parameters live under `body`, as in the published checkpoints.
 from argparse import Namespace
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.backbones.resnet import RESNETS, FrozenBatchNorm2d, ResNetBackbone
 from models.backbones.swin import SWINS, SwinBackbone
+from ops.gather import is_portable
 from util.errors import UserError
 
 __all__ = [
@@ -47,7 +49,15 @@ class Joiner(nn.Sequential):
 
 def resize_padding(padding: Tensor, size: tuple[int, int]) -> Tensor:
     """Return `padding` (B, H, W) bool as (B, h, w) bool for a map of `size` (h, w), by nearest neighbour."""
+    if is_portable():  # runtimes round differently in ONNX's Resize
+        rows, columns = (_nearest(old, new, padding.device) for old, new in zip(padding.shape[-2:], size))
+        return padding[:, rows][:, :, columns]
     return F.interpolate(padding[:, None].float(), size=tuple(size))[:, 0].bool()
+
+
+def _nearest(old: int, new: int, device: torch.device) -> Tensor:
+    """Return which of `old` cells each of `new` cells takes, (new,) int64."""
+    return torch.div(torch.arange(new, device=device) * old, new, rounding_mode="floor")
 
 
 def build_backbone(args: Namespace) -> nn.Module:
