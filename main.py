@@ -37,6 +37,7 @@ from util.environment import describe_run, effective_batch, plain_args, prepare_
 from util.errors import UserError
 from util.evaluation import Evaluation, best_result
 from util.infer_args import given_flags
+from util.known_errors import explain
 from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard, skips_on_device
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
@@ -48,7 +49,7 @@ __all__ = ["get_args_parser", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 if a test failed, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Run the command line; return 0, 1 if a test failed, 2 after what the user can mend, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
     if args.infer:
         args.given_flags = given_flags(get_args_parser(), argv)  # only what was given wins over the checkpoint
@@ -57,6 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except RuntimeError as error:
+        if (known := explain(error, args)) is None:
+            raise
+        print(f"error: {known}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         way_on = "; --resume auto goes on from the last checkpoint" if args.output_dir and not args.infer else ""

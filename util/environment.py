@@ -110,6 +110,12 @@ def describe_run(args: argparse.Namespace, device: torch.device, model: nn.Modul
         f"{' and '.join(f'{len(data)} {name}' for name, data in sets)} images; {len(names)} classes in "
         f"{args.num_classes} outputs: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
     )
+    # Neither the squares of lsj nor the images of the synthetic set, all of one size, are padded.
+    if args.eval_batch_size > 1 and args.augment != "lsj" and args.dataset_file != "synthetic":
+        dist.info(
+            f"note: --eval_batch_size {args.eval_batch_size} pads images to one size, which changes detections a "
+            "little; for AP that is compared with others give 1"
+        )
     if train_set is None:
         return
     batch, recipe = effective_batch(args), args.recipe_batch_size
