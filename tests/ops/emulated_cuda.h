@@ -21,6 +21,10 @@ struct dim3 {
   explicit dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
 inline dim3 blockIdx, gridDim, blockDim, threadIdx;
 
 namespace emulated {
@@ -119,6 +123,11 @@ T __shfl_sync(unsigned, T value, int source, int width) {
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int distance) {
   return emulated::exchange(value, emulated::current ^ distance);
+}
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
 }
 
 template <typename T>
