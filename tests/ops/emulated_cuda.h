@@ -24,6 +24,10 @@ struct dim3 {
   explicit dim3(unsigned x = 1, unsigned y = 1) : x(x), y(y) {}
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
 inline dim3 blockIdx, gridDim, blockDim, threadIdx;
 
 namespace emulated {
@@ -164,6 +168,11 @@ inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline void __syncthreads() {
   ++emulated::lanes[emulated::current].barriers;
   emulated::pause();
+}
+
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
 }
 
 template <typename T>
