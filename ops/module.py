@@ -95,6 +95,8 @@ class MSDeformAttn(nn.Module):
         shape = (batch, queries, self.n_heads, self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).view(*shape, 2)
         logits = self.attention_weights(query).view(shape)
+        if offsets.dtype == torch.float64:  # reference points are made in float32, also for a float64 model
+            reference = reference.double()
         if fused() and not is_portable():
             return self.output_proj(ms_deform_attn_fused(value, level_shapes, reference, offsets, logits))
         locations, weights = sampling_points(reference, offsets, logits, level_shapes)

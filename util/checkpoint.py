@@ -260,7 +260,11 @@ def init_from(
         state = {name: value for name, value in state.items() if name not in heads}
     report = load_weights(model, state, strict=False)
     _copy_queries(model, state, report)
-    done = ["--init_from", "--dn_labelbook_size"]  # other classes: right for --resume, and here what is wanted
+    done = [
+        "--init_from",
+        "--dn_labelbook_size",
+        "label embeddings",
+    ]  # other classes: right for --resume, and here what is wanted
     if not any(name in report.reshaped for name in QUERY_TABLES):
         done.append("--num_queries_one2one")
     report.advice = [line for line in report.advice if not any(flag in line for flag in done)]

@@ -55,8 +55,9 @@ def coco(folder: Path) -> Path:
 
 def eval_command(file: Path, annotations: Path, output_dir: Path, more: str = "") -> list[str]:
     """Return the command line of `main.py --eval` with the flags of the model."""
-    data = f"--val_images {annotations.parent} --val_json {annotations} --num_workers 0 --device cpu --no-eval_loss"
-    return f"{TINY} {MODEL} {data} --draw 0 --eval --resume {file} --output_dir {output_dir} {more}".split()
+    data = f"--val_images {annotations.parent} --val_json {annotations} --num_workers 0 --device cpu"
+    less = "--no-eval_loss --no-eval_curves --draw 0"
+    return f"{TINY} {MODEL} {data} {less} --eval --resume {file} --output_dir {output_dir} {more}".split()
 
 
 def infer_command(file: Path, *inputs: Path | str, output_dir: Path, more: str = "") -> list[str]:
