@@ -107,23 +107,8 @@ def run(args: Namespace) -> int | None:
 
     shared = {"num_workers": args.num_workers, "rank": dist.rank(), "world_size": dist.world_size()}
     shared["pin_memory"] = device.type == "cuda"
-    settings = StepSettings(args.amp, args.grad_accum_steps, args.clip_max_norm, args.print_freq, args.save_steps)
-    watched = args.plot_correspondence
-    evaluation = Evaluation(
-        loader=build_eval_loader(val_set, batch_size=args.eval_batch_size, **shared),
-        criterion=criterion if args.eval_loss else None,
-        postprocessor=postprocessor,
-        settings=settings,
-        device=device,
-        output_dir=output_dir,
-        topk=args.topk,
-        evaluator=args.evaluator,
-        draw=args.draw,
-        curves=args.eval_curves,
-        confusion_score=args.confusion_score,
-        correspondences=Correspondences(criterion, val_set, watched) if watched else None,
-        assignments=Assignments(criterion, val_set, args.plot_assignment) if args.plot_assignment else None,
-    )
+    eval_loader = build_eval_loader(val_set, batch_size=args.eval_batch_size, **shared)
+    evaluation = build_evaluation(args, eval_loader, criterion, postprocessor, device, output_dir)
     if args.analyse:
         run_analysis(args, model, criterion, evaluation.loader, device, checkpoint, output_dir)
     elif args.eval:
@@ -165,6 +150,34 @@ def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[
     model, criterion, postprocessor = build_model(args)
     model = prepare(model.to(device), channels_last=args.channels_last, compiled=args.compile)
     return model, criterion.to(device), postprocessor
+
+
+def build_evaluation(
+    args: Namespace,
+    loader: DataLoader,
+    criterion: nn.Module,
+    postprocessor: nn.Module,
+    device: torch.device,
+    output_dir: Path | None,
+) -> Evaluation:
+    """Return what evaluates the images of `loader`, in training and with `--eval`."""
+    settings = StepSettings(args.amp, args.grad_accum_steps, args.clip_max_norm, args.print_freq, args.save_steps)
+    watched = args.plot_correspondence
+    return Evaluation(
+        loader=loader,
+        criterion=criterion if args.eval_loss else None,
+        postprocessor=postprocessor,
+        settings=settings,
+        device=device,
+        output_dir=output_dir,
+        topk=args.topk,
+        evaluator=args.evaluator,
+        draw=args.draw,
+        curves=args.eval_curves,
+        confusion_score=args.confusion_score,
+        correspondences=Correspondences(criterion, loader.dataset, watched) if watched else None,
+        assignments=Assignments(criterion, loader.dataset, args.plot_assignment) if args.plot_assignment else None,
+    )
 
 
 def start_from(args: Namespace, model: nn.Module, class_names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -248,17 +249,25 @@ def _is_number(value: object) -> bool:
 
 
 def _area(annotation: dict, image: dict) -> float:
-    """Return the area of the mask, or of the box where there is no mask, in square pixels."""
-    segmentation, size = annotation.get("segmentation"), (image.get("height"), image.get("width"))
-    if all(size) and isinstance(segmentation, list):
+    """Return the area of the mask, or of the box where there is no usable mask, in square pixels."""
+    area = None
+    with suppress(Exception):  # pycocotools raises what it likes over odd masks
+        area = _mask_area(annotation.get("segmentation"), image.get("height"), image.get("width"))
+    return float(annotation["bbox"][2]) * float(annotation["bbox"][3]) if area is None else area
+
+
+def _mask_area(segmentation: object, height: int | None, width: int | None) -> float | None:
+    """Return the number of pixels of a mask, None where there is none."""
+    if not (height and width):
+        return None
+    if isinstance(segmentation, list):
         polygons = [part for part in segmentation if isinstance(part, list) and len(part) >= 6]  # three corners
-        if polygons:
-            return float(rle.area(rle.merge(rle.frPyObjects(polygons, *size))))
-    elif all(size) and isinstance(segmentation, dict) and "counts" in segmentation:
+        return float(rle.area(rle.merge(rle.frPyObjects(polygons, height, width)))) if polygons else None
+    if isinstance(segmentation, dict) and "counts" in segmentation:
         if isinstance(segmentation["counts"], list):
-            segmentation = rle.frPyObjects(segmentation, *size)
+            segmentation = rle.frPyObjects(segmentation, height, width)
         return float(rle.area(segmentation))
-    return float(annotation["bbox"][2]) * float(annotation["bbox"][3])
+    return None
 
 
 @dataclass

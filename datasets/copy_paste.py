@@ -47,6 +47,8 @@ class CopyPaste:
         """
         if image.shape != source.shape:
             raise ValueError(f"images of {tuple(image.shape)} and {tuple(source.shape)}: only equal sizes can be mixed")
+        # Of tiny objects scaling may leave no pixel: there is nothing to paste.
+        other = keep_objects(other, other["masks"].as_subclass(Tensor).flatten(1).bool().any(dim=1))
         objects = len(other["boxes"])
         number = int(torch.randint(min(objects, self.most) + 1, ()))
         if number:

@@ -179,7 +179,7 @@ class CocoEvaluator:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "results.json").write_text(json.dumps(self.results()))
-        with open(folder / "per_class.csv", "w", newline="") as file:
+        with open(folder / "per_class.csv", "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(ClassRow._fields)
             writer.writerows(self.per_class())

@@ -136,7 +136,7 @@ def _rows(table: Confusion) -> Iterable[list]:
 
 
 def _read(path: Path) -> list[list[str]]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if not rows:
         raise ValueError(f"{path} is empty")
@@ -144,7 +144,7 @@ def _read(path: Path) -> list[list[str]]:
 
 
 def _write(path: Path, header: Sequence[str], rows: Iterable[Iterable]) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows(rows)

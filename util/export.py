@@ -31,20 +31,16 @@ from torch.export import Dim, ExportedProgram
 
 import ops
 from datasets.coco_names import COCO_NAMES
-from models import build_detector
 from models.exported import ExportedDetector
 from ops.gather import portable
 from util import dist
-from util.arg_rules import check_args
-from util.args import get_args_parser
-from util.checkpoint import load_weights, read_checkpoint, stored_args, stored_class_names
+from util.checkpoint import native_weights, read_checkpoint, stored_class_names
 from util.environment import prepare_output_dir
 from util.errors import UserError
 from util.pixels import IMAGENET_MEAN, IMAGENET_STD
+from util.stored_flags import build_trained, flags_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-# Flags of the training that say nothing about the model: the present ones count.
-OF_THE_RUN = "output_dir device resume init_from init_class_rows strip analyse ops_backend use_ema".split()
 
 
 def export_command(args: Namespace) -> None:
@@ -59,9 +55,13 @@ def export_command(args: Namespace) -> None:
         raise UserError(f"--ops_backend {args.ops_backend}: {error}") from error
     folder = prepare_output_dir(args.output_dir)
     content = read_checkpoint(args.resume)
-    trained = trained_args(args, content)
-    model = load_detector(trained, content, args.resume, args.use_ema)
+    # Files that do not say how their model is built need its flags on the command line.
+    flags = flags_of(content, native_weights(content, args.resume)) or args
+    model, trained, lines = build_trained(content, args.resume, flags, averaged=args.use_ema)
+    for line in lines:
+        dist.info(f"{args.resume}: {line}")
     topk = args.export_topk or trained.topk
+    model.requires_grad_(False)
     wrapper = ExportedDetector(model, topk=topk, clip=trained.clip_boxes, group=trained.eval_group).eval()
     multiple = coarsest_stride(model)
     size = canvas(args, trained, multiple)
@@ -96,34 +96,6 @@ def need_packages() -> None:
             missing.append(name)
     if missing:
         raise UserError(f"--export onnx needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
-
-
-def trained_args(args: Namespace, content: Mapping[str, Any]) -> Namespace:
-    """Return the flags of the model: those in the checkpoint, the given ones where it has none."""
-    stored, plain = stored_args(content), vars(get_args_parser().parse_args([]))
-    flags = {**vars(args), **{n: value for n, value in stored.items() if n in plain and n not in OF_THE_RUN}}
-    flags |= {n: value for n, value in plain.items() if n.startswith("export")}
-    flags |= {"eval": True, "eval_head": "", "backbone_weights": "checkpoint", "plot_correspondence": 0}
-    merged = Namespace(**flags)
-    classes = stored_class_names(content)
-    if merged.num_classes is None and classes is not None:
-        merged.num_classes = len(classes)
-    return merged
-
-
-def load_detector(trained: Namespace, content: Mapping[str, Any], name: str, averaged: bool) -> nn.Module:
-    """Return the detector of a checkpoint on the CPU, without the parts that only training needs.
-
-    Raises:
-        UserError: the weights are of another model, or `averaged` ones are wanted and there are none.
-    """
-    check_args(trained)
-    model = build_detector(trained)
-    if averaged and "ema" not in content:
-        raise UserError(f"--use_ema: {name} holds no averaged weights; leave --use_ema out")
-    for line in load_weights(model, content["ema"]["model"] if averaged else content, name=name).lines:
-        dist.info(f"{name}: {line}")
-    return model.eval().requires_grad_(False)
 
 
 def coarsest_stride(model: nn.Module) -> int:

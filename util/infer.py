@@ -27,13 +27,12 @@ from datasets import build_transforms
 from datasets.coco_names import COCO_NAMES
 from datasets.collate import pad_images
 from datasets.decode import decode_rgb, rgb_tensor
-from models import build_detector, build_postprocessor
+from models import build_postprocessor
 from util import dist, structures
-from util.checkpoint import load_weights, native_weights, read_checkpoint, stored_class_names
+from util.checkpoint import native_weights, read_checkpoint, stored_class_names
 from util.engine import StepSettings
 from util.errors import UserError
-from util.misfit import describe
-from util.stored_flags import flags_of
+from util.stored_flags import build_trained, flags_of
 from util.visualize import Annotation, category_colors, draw_annotations
 
 SHOWN_NAMES = 100  # class names in a message
@@ -278,15 +277,7 @@ def build_predictor(
     Raises:
         UserError: the weights do not fit, or there are no averaged ones.
     """
-    if averaged and not isinstance(content.get("ema"), Mapping):
-        raise UserError(f"{name} holds no averaged weights; leave --use_ema (averaged=True) out")
-    weights = native_weights(content["ema"]["model"] if averaged else content, name)
-    # `eval`: parts that only training needs are not built. Nothing is downloaded: the file fills the backbone.
-    fixed = {"eval": True, "backbone_weights": "checkpoint", "pretrained_backbone_path": ""}
-    flags = Namespace(**{**vars(flags), **fixed})
-    flags.num_classes = flags.num_classes or describe(weights)["num_classes"]
-    model = build_detector(flags)
-    load_weights(model, dict(content) | {"model": weights}, name=name)
+    model, flags, _ = build_trained(content, name, flags, averaged=averaged)
     names, ids = _classes(content, flags.num_classes)
     return Predictor(
         model,

@@ -156,7 +156,9 @@ class ResultFiles:
         self._folder, self._categories = folder, list(categories)
         self._images: list[dict[str, Any]] = []
         self._paths = [folder / "detections.json"] + [folder / "detections.csv"] * with_csv
-        self._files = [_temporary(path).open("w", newline="", encoding="utf-8") for path in self._paths]
+        # File names that are no UTF-8 keep their bytes.
+        how = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
+        self._files = [_temporary(path).open("w", **how) for path in self._paths]
         self._csv = csv.writer(self._files[1]) if with_csv else None
         if self._csv:
             self._csv.writerow(CSV_COLUMNS)

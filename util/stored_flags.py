@@ -1,4 +1,4 @@
-"""The flags of a model from its checkpoint, so that whoever uses a file need not know how it was trained."""
+"""The model of a checkpoint and its flags, so that whoever uses a file need not know how it was trained."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from models import build_detector
 from util.args import get_args_parser
-from util.checkpoint import stored_args
+from util.checkpoint import load_weights, native_weights, stored_args
+from util.errors import UserError
 from util.misfit import describe
 
 # What a published file has to say at least; names and shapes of its weights say the rest.
@@ -63,3 +65,32 @@ def flags_of(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Names
     if facts["query_pos"] == "box" and facts["two_stage"]:  # files of DAB hold such a number too, and do not use it
         flags |= {"pe_temperature": stored.get("pe_temperatureH", 20), "pe_half_cell": False}
     return Namespace(**flags)
+
+
+def build_trained(
+    content: Mapping[str, Any], name: str, flags: Namespace, *, averaged: bool = False
+) -> tuple[nn.Module, Namespace, list[str]]:
+    """Return the detector of a checkpoint on the CPU, without the parts that only training needs.
+
+    Args:
+        content: of the checkpoint `name`.
+        flags: of the model.
+        averaged: take the averaged weights.
+
+    Returns:
+        the detector, the flags that it was built with, and what there is to say about its weights.
+
+    Raises:
+        UserError: the weights do not fit, or there are no averaged ones.
+    """
+    if averaged and not isinstance(content.get("ema"), Mapping):
+        raise UserError(f"{name} holds no averaged weights; leave --use_ema (averaged=True) out")
+    weights = native_weights(content["ema"]["model"] if averaged else content, name)
+    # Nothing is downloaded: the file fills the backbone.
+    fixed = {"eval": True, "backbone_weights": "checkpoint", "pretrained_backbone_path": ""}
+    fixed["plot_assignment"] = 0  # else an evaluation has the queries of training too, which stripped files lack
+    flags = Namespace(**{**vars(flags), **fixed})
+    flags.num_classes = flags.num_classes or describe(weights)["num_classes"]
+    model = build_detector(flags)
+    report = load_weights(model, dict(content) | {"model": weights}, name=name)
+    return model.eval(), flags, report.lines

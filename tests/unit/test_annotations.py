@@ -60,3 +60,8 @@ def test_an_entry_that_is_no_object_is_refused(tmp_path, key):
     (tmp_path / "a.json").write_text(json.dumps(data))
     with pytest.raises(UserError, match=f"`{key}` has the entry 'entry'; write an object"):
         read_coco(tmp_path / "a.json", "--train_json")
+
+
+@pytest.mark.parametrize("mask", [{"counts": "abc"}, [["a"] * 6], [[1, 2]], {"counts": [1, 2]}, 7])
+def test_a_missing_area_is_that_of_the_box_where_the_mask_cannot_be_read(mask) -> None:
+    assert mended(area=None, segmentation=mask)["area"] == 144

@@ -91,6 +91,13 @@ def test_every_number_of_objects_is_drawn():
     assert found == {(), (5,), (6,), (5, 6)}
 
 
+def test_an_object_of_which_scaling_left_no_pixel_is_not_pasted(monkeypatch):
+    other = sample_with([[5, 2, 9, 6], [0, 7, 2, 8]], [7, 8])
+    other["masks"][0] = 0
+    image, sample = pasted(monkeypatch, sample_with([[0, 0, 3, 3]], [4]), other)
+    assert sample["labels"].tolist() == [4, 8] and int((image == 200).sum()) == 3 * 2
+
+
 def test_an_image_without_objects_gets_some_and_gives_none(monkeypatch):
     full, empty = sample_with([[4, 4, 6, 6]], [5]), sample_with([], [])
     assert pasted(monkeypatch, empty, full)[1]["labels"].tolist() == [5]

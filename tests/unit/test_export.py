@@ -13,10 +13,10 @@ import main
 from models import build_model
 from models.exported import ExportedDetector
 from tests.tiny import tiny_args
-from util.checkpoint import read_checkpoint
+from util.checkpoint import native_weights, read_checkpoint
 from util.environment import plain_args
 from util.errors import UserError
-from util.export import load_detector, record, trained_args
+from util.export import record
 from util.export_check import (
     Comparison,
     OnnxFile,
@@ -28,6 +28,7 @@ from util.export_check import (
     onnx_operators,
     refuse_foreign,
 )
+from util.stored_flags import build_trained, flags_of
 
 SMALL = "--enc_layers 1 --dec_layers 1 --num_queries 12 --num_feature_levels 3"
 TWO_STAGE = f"{SMALL} --two_stage --with_box_refine --mixed_selection"
@@ -45,7 +46,7 @@ def save(folder: Path, flags: str) -> Path:
             if "class_embed" in name or "bbox_embed" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     path = folder / "trained.pth"
-    content = {"model": model.state_dict(), "args": plain_args(args), "epoch": 3}
+    content = {"format": 1, "model": model.state_dict(), "args": plain_args(args), "epoch": 3}
     torch.save(content | {"class_names": NAMES, "category_ids": [3, 5, 8, 9]}, path)
     return path
 
@@ -53,8 +54,8 @@ def save(folder: Path, flags: str) -> Path:
 def wrapped(checkpoint: Path) -> ExportedDetector:
     """Return the model of a checkpoint as it is exported."""
     content = read_checkpoint(checkpoint)
-    trained = trained_args(tiny_args(f"--resume {checkpoint}"), content)
-    return ExportedDetector(load_detector(trained, content, str(checkpoint), averaged=False), topk=10).eval()
+    flags = flags_of(content, native_weights(content, str(checkpoint)))
+    return ExportedDetector(build_trained(content, str(checkpoint), flags)[0], topk=10).eval()
 
 
 @pytest.fixture(scope="module")

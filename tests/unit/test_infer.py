@@ -16,6 +16,7 @@ from tests.tiny import TWO_STAGE, tiny_args
 from tests.unit.infer_cases import checkpoint, coco, eval_command, noise
 from util.errors import UserError
 from util.infer import Predictor, load, read_image
+from util.strip import strip_file
 
 EVERYTHING = {"device": "cpu", "score_threshold": 0.0}
 
@@ -174,6 +175,12 @@ def test_parts_that_only_training_needs_are_not_built(tmp_path: Path) -> None:
     predictor = load(checkpoint(tmp_path / "schemes.pth", schemes), **EVERYTHING)
     assert list(predictor.model.groups) == ["one2one"] and not predictor.model.training
     assert len(predictor(noise(50, 40))) > 0
+
+
+def test_a_stripped_file_of_a_run_that_drew_assignments_is_used(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path / "drawn.pth", "--num_queries_one2many 6 --k_one2many 2 --plot_assignment 2")
+    predictor = load(strip_file(str(file)), **EVERYTHING)
+    assert list(predictor.model.groups) == ["one2one"]
 
 
 def test_the_averaged_weights_can_be_taken(folder: Path, tmp_path: Path) -> None:

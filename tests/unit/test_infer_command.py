@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import struct
 import sys
@@ -110,6 +111,17 @@ def test_broken_images_are_named_and_the_others_done(file: Path, tmp_path: Path,
     assert "1 image or frame" in printed.out
     assert {entry["file_name"] for entry in entries(tmp_path / "out")} == {str(tmp_path / "good.png")}
     assert [path.name for path in (tmp_path / "out" / "pictures").iterdir()] == ["good.jpg"]
+
+
+def test_a_file_name_that_is_no_utf8_keeps_its_bytes_in_the_table(file: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        noise(20, 20).save(tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    command = infer_command(file, tmp_path, output_dir=tmp_path / "out", more=f"{ALL} --infer_csv")
+    assert main.main(command) == 0
+    assert b"caf\xe9.png,kind" in (tmp_path / "out" / "detections.csv").read_bytes()
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error(file: Path, tmp_path: Path, capsys) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import main
 from datasets.confusion import Confusion
+from tests.unit.infer_cases import coco
 from tests.unit.report_cases import make_run
 from util.errors import UserError
 from util.eval_curves import EvalCurves, PrecisionRecall, read_eval_curves
@@ -125,6 +126,32 @@ def test_without_the_data_the_report_says_so_and_keeps_the_stored_curves(run):
     assert parsed.images == 0 and {"confusion", "precision", "classes"} <= parsed.ids
     matrix = re.compile(r'aria-label="confusion matrix".*?</svg>', re.DOTALL)
     assert matrix.search(page).group() == matrix.search(complete).group()
+
+
+def coco_run(folder: Path) -> Path:
+    """Write a run that was evaluated on three image files, with category ids that float32 does not hold."""
+    annotations = coco(folder)
+    data = json.loads(annotations.read_text())
+    for entry, name in [(c, "id") for c in data["categories"]] + [(a, "category_id") for a in data["annotations"]]:
+        entry[name] += 2**24 + 2
+    annotations.write_text(json.dumps(data))
+    found = [{k: a[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9} for a in data["annotations"]]
+    (folder / "run" / "eval").mkdir(parents=True)
+    (folder / "run" / "eval" / "results.json").write_text(json.dumps(found))
+    args = {"val_images": str(folder), "val_json": str(annotations)}
+    (folder / "run" / "args.json").write_text(json.dumps(args))
+    return folder / "run"
+
+
+def test_category_ids_may_be_large(tmp_path):
+    assert Page(report(coco_run(tmp_path))).images == 2
+
+
+def test_a_report_without_one_of_its_image_files_says_so(tmp_path):
+    run = coco_run(tmp_path)
+    (tmp_path / "3.png").unlink()
+    text = text_of(report(run))
+    assert "Images are missing here" in text and "3.png" in text and "Settings" in text
 
 
 def test_without_data_and_curves_the_rest_is_there(run):

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from datasets.confusion import image_scores
+from util.errors import UserError
 from util.report.facts import Evaluated
 from util.report.html import Html, el, note, section
 from util.structures import Detections
@@ -30,10 +31,13 @@ def images(found: Evaluated, count: int) -> Html:
     rest = busy[~np.isin(busy, worst)]
     best = rest[np.lexsort((-objects[rest], -f1[rest]))][:count]
     parts: list[Html] = []
-    for title, chosen in (("Worst", worst), ("Best", best)):
-        if len(chosen):
-            captions = [_caption(i, found, f1, objects, mistakes) for i in chosen.tolist()]
-            parts += [el("h3", title), _figures(found, chosen.tolist(), captions, threshold)]
+    try:
+        for title, chosen in (("Worst", worst), ("Best", best)):
+            if len(chosen):
+                captions = [_caption(i, found, f1, objects, mistakes) for i in chosen.tolist()]
+                parts += [el("h3", title), _figures(found, chosen.tolist(), captions, threshold)]
+    except UserError as error:  # a file is gone or was changed since the evaluation
+        parts.append(note(f"Images are missing here: {error}"))
     hint = (
         f"Truth left, detections with a score of at least {threshold:g} right. Sorted by the F1 of the image at IoU "
         "0.5; a mistake is a missed object or a wrong detection. A click enlarges."
@@ -60,10 +64,10 @@ def _figures(found: Evaluated, chosen: list[int], captions: list[str], threshold
 
 
 def _detections(found: Evaluated, image_id: int) -> Detections:
-    rows = torch.from_numpy(found.rows.get(image_id, np.zeros((0, 6)))).float()
-    boxes = torch.cat([rows[:, :2], rows[:, :2] + rows[:, 2:4]], dim=1)
+    rows = torch.from_numpy(found.rows.get(image_id, np.zeros((0, 6))))  # float64, which holds every category id
+    boxes = torch.cat([rows[:, :2], rows[:, :2] + rows[:, 2:4]], dim=1).float()
     labels = [found.dataset.category_ids.index(int(category)) for category in rows[:, 5].tolist()]
-    return Detections(rows[:, 4], torch.tensor(labels, dtype=torch.int64), boxes, image_id)
+    return Detections(rows[:, 4].float(), torch.tensor(labels, dtype=torch.int64), boxes, image_id)
 
 
 def _data_uri(path: Path) -> str:
