@@ -13,6 +13,7 @@ from util.convert_args import add_convert_data
 from util.data_args import add_data_checks
 from util.export_args import add_export
 from util.infer_args import add_infer
+from util.parser import HelpFormatter, Parser
 from util.picture_args import add_pictures
 from util.report_args import add_reports
 from util.scheme_args import add_auxiliary, add_hybrid, add_losses, add_queries, add_soft
@@ -23,11 +24,11 @@ SWITCH = argparse.BooleanOptionalAction
 
 def get_args_parser() -> argparse.ArgumentParser:
     """Return the parser of `main.py`, with `--help`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "main.py",
         usage="python main.py [flags]          python main.py --help lists them, configs/ holds presets",
         description="AssignDETR. Train and evaluate Deformable-DETR detectors; every way to teach them is a switch.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,  # a misspelt flag is an error, never another flag
     )
     for add in (

@@ -54,7 +54,7 @@ def check_command(args: Namespace) -> int:
     if wrong:
         info(f"NOT TRAINABLE: {len(wrong)} kind(s) of faults stop the training, marked [{REFUSED}] above")
         return 1
-    looked = {"none": ", image files were not looked at", "sizes": ", of image files the headers were read"}
+    looked = {"none": "; image files were not looked at", "sizes": "; of image files only the headers were read"}
     info(f"TRAINABLE{looked.get(args.check_images, '') if args.dataset_file == 'coco' else ''}")
     return 0
 

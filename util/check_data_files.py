@@ -17,6 +17,7 @@ from util.errors import UserError
 
 CHUNK = 1000  # files given to the threads at once
 SAY_EVERY = 10.0  # seconds between progress lines
+NOT_THERE = "image files that do not exist"
 IMAGE_REFUSED = "the loader stops with an error when it comes to this image"
 
 
@@ -34,7 +35,7 @@ def look(files: ImageFiles, index: int, *, decode: bool) -> Look:
     try:
         length = files.path(index).stat().st_size
     except OSError:
-        return Look("image files that do not exist", str(files.missing(index)), (0, 0), 0)
+        return Look(NOT_THERE, str(files.missing(index)), (0, 0), 0)
     kind, size = "image files that cannot be read", (0, 0)
     try:
         size = files.header_size(index)
@@ -69,7 +70,10 @@ def look_at_files(result: Survey, files: ImageFiles, *, decode: bool, threads: i
             result.sizes[index] = one.size
     for kind, indices in kinds.items():
         names = [result.entries[index]["file_name"] for index in indices]
-        result.add(REFUSED, kind, names, IMAGE_REFUSED, seen[indices[0]].message)
+        message = seen[indices[0]].message
+        if kind == NOT_THERE and len(indices) == len(files):
+            message += f". Not one of the files is there: is {files.folder} the right folder?"
+        result.add(REFUSED, kind, names, IMAGE_REFUSED, message)
     return np.asarray([one.bytes for one in seen], np.int64)
 
 

@@ -187,6 +187,11 @@ def _look_at_categories(result: Survey) -> None:
     result.add(KEPT, "category names that occur more than once", [n for n, c in names.items() if c > 1], "told by id")
 
 
+def _of_empty(part: str) -> str:
+    """Return what images without objects are good for."""
+    return "they teach what is background" if part == "train" else "what is detected in them counts as wrong"
+
+
 def _look_at_objects(result: Survey, queries: int, topk: int) -> None:
     """Add what follows from the number of objects of the images."""
     # Found only now: the annotation file gives no size of the image, or float32 rounds the box away.
@@ -196,7 +201,7 @@ def _look_at_objects(result: Survey, queries: int, topk: int) -> None:
         result.findings.append(Finding(MENDED, what, silent, [], NO_TARGET))
     per_image = np.bincount(result.image_of[result.targets()], minlength=len(result.image_ids))
     ids = np.asarray(result.image_ids, dtype=object)
-    result.add(KEPT, "images without objects", ids[per_image == 0], "they teach what is background")
+    result.add(KEPT, "images without objects", ids[per_image == 0], _of_empty(result.part))
     if result.part == "train":
         action = f"at most {queries} of the objects get a query in a step: raise --num_queries_one2one"
         result.add(KEPT, f"images with more than {queries} objects", ids[per_image > queries], action)

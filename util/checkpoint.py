@@ -62,11 +62,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _broken(path: Path, error: Exception) -> str:
-    reason = (str(error).splitlines() or [""])[0][:120]
+    reason = "" if isinstance(error, pickle.UnpicklingError) else (str(error).splitlines() or [""])[0][:120]
+    reason = f": {reason}" if reason else ""  # that of unpickling tells of switches of torch.load, which do not help
     size = path.stat().st_size
     return (
         f"checkpoint {path} ({size} bytes) cannot be read, it is cut off or no checkpoint at all "
-        f"({type(error).__name__}: {reason}); {_other_files(path)}"
+        f"({type(error).__name__}{reason}); {_other_files(path)}"
     )
 
 

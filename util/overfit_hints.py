@@ -15,6 +15,7 @@ from util.structures import Detections, Target
 SURE = 0.3  # score from which a detection counts as one
 NEAR = 0.5  # IoU from which a detection lies on an object, as in AP50
 SHOWN = 5
+FEW_STEPS = 50  # in which no rate teaches a detector a batch
 KINDS = {
     "found": "",
     "unsure": f"have a box of their class on them, but its score is below {SURE:g}: classes are learned last, give "
@@ -73,9 +74,10 @@ def _about_course(args: Namespace, losses: Sequence[float], ap50: Sequence[tuple
             "try a tenth of it"
         )
     elif share > 0.9:
+        few = f"{len(losses)} steps are too few (--overfit_steps), " if len(losses) < FEW_STEPS else ""
         lines.append(
-            f"the loss hardly fell ({100 * share:.0f}% of its start): --lr {args.lr:g} is too low, or too much is kept "
-            "from learning (--freeze, --lr_backbone)"
+            f"the loss hardly fell ({100 * share:.0f}% of its start): {few}--lr {args.lr:g} is too low, or too "
+            "much is kept from learning (--freeze, --lr_backbone)"
         )
     elif len(ap50) > 4 and ap50[-1][1] > ap50[-4][1] + 0.02:
         lines.append(f"AP50 was still rising: give more --overfit_steps than {len(losses)}")

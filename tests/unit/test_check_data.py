@@ -94,7 +94,7 @@ def test_a_clean_set_is_trainable_and_its_numbers_are_right(tmp_path, capsys):
     assert [(c["name"], c["objects"], c["images"]) for c in numbers["classes"]] == [("kind 5", 3, 1), ("kind 9", 1, 1)]
     text = capsys.readouterr().out
     assert "objects of 2 classes: kind 5 3, kind 9 1" in text and "nothing odd" in text
-    assert text.rstrip().endswith("TRAINABLE, of image files the headers were read")
+    assert text.rstrip().endswith("TRAINABLE; of image files only the headers were read")
 
 
 def test_the_exit_code_is_that_of_the_command_line(tmp_path, capsys):
@@ -290,6 +290,16 @@ def test_unusable_image_files_are_told_as_the_loader_tells_them(tmp_path, what, 
         text.partition(";")[0].partition(": cannot identify")[0] for text in (found["detail"], str(error.value))
     )
     assert told == raised
+
+
+def test_when_no_image_is_there_the_folder_is_doubted(tmp_path):
+    check(tmp_path, content(objects()))
+    for number in (1, 2):
+        (tmp_path / "train" / f"{number}.png").unlink()
+    main(flags(tmp_path))
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    detail = finding(report, "image files that do not exist")["detail"]
+    assert detail.endswith(f"Not one of the files is there: is {tmp_path / 'train'} the right folder?")
 
 
 # ---- both sets ----

@@ -90,7 +90,7 @@ def test_a_truncated_file_is_told_with_the_way_out(tmp_path, kept):
 
 def test_a_text_file_is_no_checkpoint(tmp_path):
     (tmp_path / "weights.pth").write_text("<html>404</html>")
-    with pytest.raises(UserError, match=r"weights\.pth .*no checkpoint at all"):
+    with pytest.raises(UserError, match=r"weights\.pth .*no checkpoint at all \(UnpicklingError\);"):
         read_checkpoint(tmp_path / "weights.pth")
 
 

@@ -180,7 +180,7 @@ def test_hints_name_the_rate_the_steps_the_queries_and_the_missed_objects():
     assert missed.startswith("1 of 2 objects have no box") and missed.endswith("(classes: dog 1; images: 31 1)")
     assert surplus.startswith("2 more detections")
     for last, said in (
-        (9.9, "hardly fell (99% of its start): --lr 0.002 is too low"),
+        (9.9, "hardly fell (99% of its start): 2 steps are too few (--overfit_steps), --lr 0.002 is too low"),
         (11.0, "--lr 0.002 is too high"),
     ):
         assert said in hints(args, [10.0, last], rising, targets, found, ["cat", "dog"])[0]

@@ -43,7 +43,7 @@ svg { width:100%; height:auto; font-size:11px; fill:var(--soft); font-family:inh
 .legend { display:flex; flex-wrap:wrap; gap:.1rem .9rem; font-size:.8rem; color:var(--soft); padding-left:2.6rem; }
 .legend i { display:inline-block; width:1.3rem; vertical-align:middle; margin-right:.35rem; }
 .pictures figure { cursor:zoom-in; } .pictures figure:focus { grid-column:1 / -1; outline:none; cursor:auto; }
-.scroll { overflow-x:auto; } .tall .scroll { max-height:32rem; overflow-y:auto; }
+.scroll { overflow-x:auto; } .tall .scroll { max-height:32rem; overflow-y:auto; scrollbar-gutter:stable; }
 table { border-collapse:collapse; font-size:.9rem; }
 th, td { padding:.3rem .75rem; text-align:left; vertical-align:top; }
 th { border-bottom:2px solid var(--line); font-weight:600; white-space:nowrap; background:var(--paper); }
