@@ -23,7 +23,7 @@ def _same_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder with the real data sets; the test is skipped where it does not lie beside the checkout."""
     if not SHARED_DATA.is_dir():
