@@ -10,24 +10,10 @@ import ops
 from ops import reference
 from ops.selection import ISA_VARIABLE
 
-ISAS = ("avx512", "avx2", "portable")
 WIDTHS = (1, 7, 8, 16, 24, 32, 33, 64, 100)
 # Few queries for many cells read the tensors in place, many queries copy each head, as many as cells go by tiles.
 FEW, MANY, TILES = 9, 180, 211
 SHAPES = ((11, 13), (9, 7), (1, 4), (1, 1))
-
-
-@pytest.fixture(params=ISAS)
-def isa(request, monkeypatch):
-    """Compute with one instruction set after the other; those that this machine does not have are skipped."""
-    if "cpu" not in ops.backends():
-        pytest.skip("backend cpu is not available here: no C++ compiler or no ninja")
-    if request.param not in ops.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv(ISA_VARIABLE, request.param)
-    ops.set_backend("cpu")
-    yield request.param
-    ops.set_backend("auto")
 
 
 @functools.cache

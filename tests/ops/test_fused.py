@@ -8,7 +8,6 @@ import torch
 
 import ops
 from ops import MSDeformAttn, benchmark_layer
-from ops.selection import ISA_VARIABLE
 
 SHAPES = ((11, 13), (9, 7), (1, 4), (1, 1))  # 211 cells
 NAMES = ("output", "value", "reference points", "offsets", "logits")
@@ -31,19 +30,6 @@ def device(request):
         pytest.skip(f"backend {request.param} is not available here")
     ops.set_backend(request.param)
     yield torch.device("cuda" if request.param == "cuda" else "cpu")
-    ops.set_backend("auto")
-
-
-@pytest.fixture(params=("avx512", "avx2", "portable"))
-def isa(request, monkeypatch):
-    """Compute with one instruction set after the other; those that this machine does not have are skipped."""
-    if "cpu" not in ops.backends():
-        pytest.skip("backend cpu is not available here: no C++ compiler or no ninja")
-    if request.param not in ops.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv(ISA_VARIABLE, request.param)
-    ops.set_backend("cpu")
-    yield request.param
     ops.set_backend("auto")
 
 
