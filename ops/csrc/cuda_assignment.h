@@ -4,19 +4,18 @@
 //
 // Shortest augmenting paths with prices, as in assignment.h, with the columns shared out over the threads of a block: a
 // thread keeps to its own columns, and only the nearest column of a search is found together. Equal distances are
-// decided as there: a column without owner first, then the lowest number. So the pairs are always the same.
+// decided as there: a column without owner first, then the lowest number. So the pairs are always the same. Columns that
+// no optimum needs are left out before (cuda_columns.h), and where few remain one warp searches on: it needs no barrier.
 //
 // The includer defines ASSIGNDETR_LAUNCH_BLOCKS(kernel, blocks, threads, bytes, stream), which launches with `bytes` of
 // shared memory, and ASSIGNDETR_SHARED(name), which declares that memory.
 #pragma once
 
-#include <cfloat>
 #include <climits>
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
-#include "cuda_layout.h"
+#include "cuda_columns.h"
 #include "problem.h"
 
 namespace assigndetr {
@@ -25,6 +24,7 @@ constexpr int kOwned = 1 << 30;  // added to the number of a column that has an 
 constexpr int kSmallWarps = 4, kLargeWarps = 16;
 constexpr int64_t kSmallColumns = 1024;  // with more of them a problem gets kLargeWarps
 constexpr int64_t kSmallBytes = 48 << 10;  // every block may have so much shared memory without asking
+constexpr int kColumnsOfWarp = 64;  // with more of them all warps of a block search
 constexpr int64_t kNoScratch = -1;
 
 // A problem on its way to the device; all are int64 there.
@@ -35,40 +35,6 @@ struct Task {
   int64_t scratch;  // byte where its memory begins in the scratch, or kNoScratch: in shared memory
 };
 constexpr int64_t kTaskFields = sizeof(Task) / sizeof(int64_t);
-
-// What is solved: rows that take `repeat` columns each. Rows are the targets. Where there are not enough slots for all,
-// rows are the slots, and columns the copies of targets.
-struct Form {
-  bool turned;
-  int rows, columns, repeat;
-};
-
-ASSIGNDETR_HD Form form_of(int64_t targets, int64_t slots, int64_t repeat) {
-  const int64_t copies = targets * repeat;
-  if (copies > slots) {
-    return {true, static_cast<int>(slots), static_cast<int>(copies), 1};
-  }
-  return {false, static_cast<int>(targets), static_cast<int>(slots), static_cast<int>(repeat)};
-}
-
-// The memory of a problem, 24 bytes for each row and column.
-struct State {
-  double *price, *distance;  // by column; a distance of -infinity: the search has passed it
-  double *level, *reached;   // by row: price of a column for it; its distance in the present search, infinity: none
-  int *owner, *from;         // by column: row that has it, -1: none; row that gave it its distance
-  int *entry, *count;        // by row: column it was reached through; columns it has
-};
-
-ASSIGNDETR_HD int64_t state_bytes(const Form& form) { return 24 * (int64_t(form.rows) + form.columns); }
-
-ASSIGNDETR_HD State state_in(char* memory, const Form& form) {
-  State s;
-  s.price = reinterpret_cast<double*>(memory), s.distance = s.price + form.columns;
-  s.level = s.distance + form.columns, s.reached = s.level + form.rows;
-  s.owner = reinterpret_cast<int*>(s.reached + form.rows), s.from = s.owner + form.columns;
-  s.entry = s.from + form.columns, s.count = s.entry + form.rows;
-  return s;
-}
 
 // A column and how far it is. Order: distance, then number.
 struct Near {
@@ -91,28 +57,31 @@ __device__ __forceinline__ Near nearest_of_lanes(Near own) {
   return own;
 }
 
-// Solves one problem; the threads of a block run it together.
+// Solves one problem; the threads of kWarps warps run it together, a single one without the others of its block.
 template <int kWarps>
-struct BlockSolver {
-  static constexpr int kBlock = kWarps * kWarp;
+struct TeamSolver {
+  static constexpr int kTeam = kWarps * kWarp;
 
-  const float* cost;  // of the problem
-  int targets;
-  int64_t stride;
-  float unmatchable;  // stands for a cost that is not finite
-  Form form;
-  State s;
-  Near (*meeting)[kWarps];  // two rows in shared memory: a thread may be one search step ahead of another
+  const Job& job;
+  const Form form;
+  const State s;
+  Near (*const meeting)[kWarps];  // two rows in shared memory: a thread may be one search step ahead of another
   int steps;
 
-  __device__ __forceinline__ const float* row_of(int row) const { return form.turned ? cost + row : cost + row * stride; }
-  __device__ __forceinline__ double read(const float* row, int column) const {
-    const float c = row[form.turned ? column % targets * stride : int64_t(column)];
-    return fabsf(c) <= FLT_MAX ? c : unmatchable;
+  __device__ TeamSolver(const Job& job, Near (*meeting)[kWarps])
+      : job(job), form(job.form), s(state_in(job.memory, job.form)), meeting(meeting), steps(0) {}
+
+  // What the threads wrote before is seen by all of them afterwards.
+  __device__ __forceinline__ void meet() const {
+    if constexpr (kWarps == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
   }
 
-  __device__ void solve() {
-    choose_first();
+  // After choose_first(), of this team or a larger one.
+  __device__ void search() {
     for (int row = 0; row < form.rows; ++row) {
       for (int left = form.repeat - s.count[row]; left > 0; --left) {
         add_column(row);
@@ -125,12 +94,12 @@ struct BlockSolver {
   __device__ void choose_first() {
     const int thread = threadIdx.x, lane = thread % kWarp;
     for (int row = thread / kWarp; row < form.rows; row += kWarps) {
-      const float* const costs = row_of(row);
+      const float* const costs = job.row_of(row);
       Near last{-HUGE_VAL, -1};
       for (int rank = 0; rank < form.repeat; ++rank) {
         Near next{HUGE_VAL, INT_MAX};
         for (int j = lane; j < form.columns; j += kWarp) {
-          const Near here{read(costs, j), j};
+          const Near here{job.read(costs, j), j};
           next = nearer(last, here) && nearer(here, next) ? here : next;
         }
         last = nearest_of_lanes<kWarp>(next);
@@ -139,14 +108,14 @@ struct BlockSolver {
         s.level[row] = last.distance, s.entry[row] = last.key, s.reached[row] = HUGE_VAL, s.count[row] = 0;
       }
     }
-    __syncthreads();
+    meet();
     const int wishes = form.repeat > 1 ? form.rows : 0;  // nothing is cheaper than the cheapest
-    for (int j = thread; j < form.columns; j += kBlock) {
+    for (int j = thread; j < form.columns; j += kTeam) {
       double price = 0;
       int owner = -1;
 #pragma unroll 1
       for (int row = 0; row < wishes; ++row) {
-        const double gain = read(row_of(row), j) - s.level[row];
+        const double gain = job.read(job.row_of(row), j) - s.level[row];
         owner = gain < price ? row : owner;
         price = gain < price ? gain : price;
       }
@@ -155,14 +124,14 @@ struct BlockSolver {
         atomicAdd(s.count + owner, 1);
       }
     }
-    __syncthreads();
+    meet();
     for (int row = 0; thread == 0 && row < form.rows; ++row) {
       const int column = s.entry[row];
       if (s.count[row] < form.repeat && s.owner[column] < 0) {
         s.owner[column] = row, ++s.count[row];
       }
     }
-    __syncthreads();
+    meet();
   }
 
   // Give `target` one more column by the cheapest chain of exchanges.
@@ -174,7 +143,7 @@ struct BlockSolver {
     double least = 0;
     int row = target, sink;
     while (true) {
-      const Near found = block_nearest(row == target ? look<true>(row, least) : look<false>(row, least));
+      const Near found = team_nearest(row == target ? look<true>(row, least) : look<false>(row, least));
       least = found.distance, sink = found.key & ~kOwned;
       if (!(found.key & kOwned)) {
         break;
@@ -184,32 +153,32 @@ struct BlockSolver {
         s.entry[row] = sink, s.reached[row] = least;
       }
     }
-    for (int j = thread; j < form.columns; j += kBlock) {
+    for (int j = thread; j < form.columns; j += kTeam) {
       if (s.distance[j] == -HUGE_VAL) {
         s.price[j] -= least - s.reached[s.owner[j]];
       }
     }
-    __syncthreads();  // from here on owners change
+    meet();  // from here on owners change
     if (thread == 0) {
       exchange(target, sink);
     }
-    for (int r = thread; r < form.rows; r += kBlock) {
+    for (int r = thread; r < form.rows; r += kTeam) {
       if (s.reached[r] < HUGE_VAL) {
         s.level[r] += least - s.reached[r];
         s.reached[r] = HUGE_VAL;
       }
     }
-    __syncthreads();
+    meet();
   }
 
   // Write down what is nearer by way of `row`, which the search has reached at `least`; return the nearest column that
   // it has not passed, of this thread's. Columns of the row itself are as near as the row: passed.
   template <bool first>
   __device__ __forceinline__ Near look(int row, double least) {
-    const float* const costs = row_of(row);
+    const float* const costs = job.row_of(row);
     const double offset = least - s.level[row];
     Near nearest{HUGE_VAL, INT_MAX};
-    for (int j = threadIdx.x; j < form.columns; j += kBlock) {
+    for (int j = threadIdx.x; j < form.columns; j += kTeam) {
       const int owner = s.owner[j];
       double distance = first ? HUGE_VAL : s.distance[j];
       if (owner == row) {
@@ -219,7 +188,7 @@ struct BlockSolver {
       if (distance == -HUGE_VAL) {
         continue;
       }
-      const double here = (read(costs, j) - s.price[j]) + offset;
+      const double here = (job.read(costs, j) - s.price[j]) + offset;
       if (here < distance) {
         s.distance[j] = distance = here, s.from[j] = row;
       }
@@ -230,13 +199,17 @@ struct BlockSolver {
   }
 
   // The nearest of all threads, in all of them. Whatever they wrote before is seen afterwards.
-  __device__ __forceinline__ Near block_nearest(Near own) {
+  __device__ __forceinline__ Near team_nearest(Near own) {
     own = nearest_of_lanes<kWarp>(own);
+    if constexpr (kWarps == 1) {
+      meet();
+      return own;
+    }
     Near* const places = meeting[steps++ % 2];
     if (threadIdx.x % kWarp == 0) {
       places[threadIdx.x / kWarp] = own;
     }
-    __syncthreads();
+    meet();
     return nearest_of_lanes<kWarps>(places[threadIdx.x % kWarps]);
   }
 
@@ -257,9 +230,9 @@ struct BlockSolver {
   // Write slots (ascending) and targets.
   __device__ void write(int64_t* slots, int64_t* picked) const {
     if (form.turned) {
-      for (int j = threadIdx.x; j < form.columns; j += kBlock) {
+      for (int j = threadIdx.x; j < form.columns; j += kTeam) {
         if (const int slot = s.owner[j]; slot >= 0) {
-          slots[slot] = slot, picked[slot] = j % targets;
+          slots[slot] = slot, picked[slot] = job.named(j) % job.targets;
         }
       }
       return;
@@ -274,7 +247,7 @@ struct BlockSolver {
       const unsigned taken = __ballot_sync(0xffffffffu, owner >= 0);
       if (owner >= 0) {
         const int at = before + __popc(taken & ((1u << lane) - 1));
-        slots[at] = j, picked[at] = owner;
+        slots[at] = job.named(j), picked[at] = owner;
       }
       before += __popc(taken);
     }
@@ -289,17 +262,25 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == kSmallWarps ? 4 : 1)
   __shared__ Near meeting[2][kWarps];
   ASSIGNDETR_SHARED(shared);
   const Task task = tasks[blockIdx.x];
-  const Form form = form_of(task.targets, task.slots, task.repeat);
   char* memory = shared;
   if constexpr (kWarps == kLargeWarps) {
     memory = task.scratch == kNoScratch ? shared : scratch + task.scratch;
   }
-  BlockSolver<kWarps> solver{
-      costs + task.offset,    static_cast<int>(task.targets), task.stride, unmatchable, form,
-      state_in(memory, form), meeting,                        0};
-  solver.solve();
-  int64_t* const own = pairs + task.start;
-  solver.write(own + total, own + 2 * total);
+  const Form form = form_of(task.targets, task.slots, task.repeat);
+  Job job{costs + task.offset, task.stride, static_cast<int>(task.targets), unmatchable, form, form.turned,
+          memory,              nullptr};
+  ColumnDropper<kWarps>{job}.drop();
+  TeamSolver<kWarps> solver(job, meeting);
+  solver.choose_first();
+  int64_t *const own = pairs + task.start, *const slots = own + total, *const picked = slots + total;
+  if (job.form.columns > kColumnsOfWarp) {
+    solver.search();
+    solver.write(slots, picked);
+  } else if (threadIdx.x < kWarp) {
+    TeamSolver<1> alone(job, nullptr);
+    alone.search();
+    alone.write(slots, picked);
+  }
   const int64_t count = form.turned ? form.rows : int64_t(form.rows) * form.repeat;
   for (int64_t i = threadIdx.x; i < count; i += kWarps * kWarp) {
     own[i] = task.number;
@@ -325,7 +306,7 @@ inline AssignmentPlan plan_assignment(const std::vector<Problem>& problems, cons
       continue;
     }
     const Form form = form_of(p.targets, p.slots, p.repeat);
-    const int64_t bytes = state_bytes(form);
+    const int64_t bytes = memory_bytes(form);
     Task task{p.cost - costs, p.targets, p.slots, p.stride, p.repeat, static_cast<int64_t>(i), plan.pairs, kNoScratch};
     plan.pairs += p.pairs();
     if (form.columns <= kSmallColumns && bytes <= kSmallBytes - 1024) {  // less what the kernel has for itself

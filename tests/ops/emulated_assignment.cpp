@@ -21,6 +21,38 @@ int split_block() {
   return 0;
 }
 
+// Leave out columns of the problem (targets, slots, stride, repeat) as `warps` warps do. Return how many are left, -1
+// after an error; `left` gets which, or is left alone if all are, and `kept` their costs, row by row.
+int64_t drop_columns(float* costs, const int64_t* numbers, int warps, float unmatchable, int* left, float* kept) {
+  const Form form = form_of(numbers[0], numbers[1], numbers[3]);
+  std::vector<double> memory(memory_bytes(form) / sizeof(double), std::nan(""));
+  Job found{};
+  const auto run = [&](auto count) {
+    constexpr int kWarps = decltype(count)::value;
+    const auto kernel = [&] {
+      Job job{costs, numbers[2], static_cast<int>(numbers[0]), unmatchable, form, form.turned,
+              reinterpret_cast<char*>(memory.data()), nullptr};
+      ColumnDropper<kWarps>{job}.drop();
+      found = job;
+    };
+    emulated::launch(kernel, dim3(1), kWarps * kWarp)();
+  };
+  try {
+    warps == 1 ? run(std::integral_constant<int, 1>()) : run(std::integral_constant<int, kSmallWarps>());
+  } catch (const std::exception&) {
+    return -1;
+  }
+  if (found.left != nullptr) {
+    std::copy(found.left, found.left + found.form.columns, left);
+    for (int row = 0; row < form.rows; ++row) {
+      for (int j = 0; j < found.form.columns; ++j) {
+        *kept++ = found.read(found.row_of(row), j);
+      }
+    }
+  }
+  return found.form.columns;
+}
+
 // Solve problems (count, 5). `kinds` gets how many are small, in large blocks with shared memory, and with scratch.
 // Return the number of pairs, of which there is room for `room`, or -1 after an error.
 int64_t assign(float* costs, const int64_t* problems, int64_t count, float unmatchable, int64_t shared_bytes,

@@ -165,6 +165,8 @@ inline unsigned __ballot_sync(unsigned, bool vote) {
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
+inline void __syncwarp() { emulated::exchange(0, 0); }
+
 inline void __syncthreads() {
   ++emulated::lanes[emulated::current].barriers;
   emulated::pause();

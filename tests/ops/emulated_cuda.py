@@ -30,7 +30,7 @@ def compiled(architecture: int) -> ctypes.CDLL:
 def compiled_solver() -> ctypes.CDLL:
     """Compile the solver of assignment problems."""
     library = _compile("emulated_assignment.cpp")
-    library.assign.restype = ctypes.c_int64
+    library.assign.restype = library.drop_columns.restype = ctypes.c_int64
     return library
 
 
@@ -146,6 +146,31 @@ def assign(
     )
     assert found == room
     return pairs, list(kinds)
+
+
+def drop_columns(
+    cost: torch.Tensor, repeat: int = 1, warps: int = 4, unmatchable: float = 1e6
+) -> tuple[list[int], torch.Tensor]:
+    """Return the columns that the CUDA solver looks at, and their costs (rows, columns): NaN if it looks at all.
+
+    Args:
+        cost: (targets, slots) float32; its rows may lie apart.
+        repeat: see ops.assignment.solve.
+        warps: of the block: 1 or 4.
+    """
+    targets, slots = cost.shape
+    rows, columns = (slots, targets * repeat) if targets * repeat > slots else (targets, slots)
+    left, kept = torch.full((columns,), -1, dtype=torch.int32), torch.full((rows * columns,), torch.nan)
+    count = compiled_solver().drop_columns(
+        ctypes.c_void_p(cost.data_ptr()),
+        _numbers((targets, slots, cost.stride(0), repeat)),
+        warps,
+        ctypes.c_float(unmatchable),
+        _address(left),
+        _address(kept),
+    )
+    assert count >= 0
+    return list(range(columns)) if count == columns else left[:count].tolist(), kept[: rows * count].view(rows, count)
 
 
 def forward_fused(value, shapes, reference_points, offsets, logits, architecture=900) -> torch.Tensor:

@@ -60,7 +60,7 @@ def test_a_target_that_may_have_two_slots_gets_its_two_cheapest() -> None:
 @pytest.mark.parametrize("repeat", [1, 2, 6])
 def test_random_problems_are_solved_as_cheaply_as_by_scipy(repeat: int) -> None:
     rng = np.random.default_rng(repeat)
-    shapes = [(m, n) for m in (1, 2, 7, 20) for n in (1, 5, 31, 32, 33, 129, 300)]
+    shapes = [(m, n) for m in (1, 2, 7, 20) for n in (1, 5, 31, 32, 33, 129, 300)] + [(90, 2)]
     check_optimal([rng.normal(size=shape) for shape in shapes], [repeat] * len(shapes))
 
 
@@ -105,9 +105,43 @@ def test_costs_that_are_not_finite_are_the_last_ones_taken() -> None:
 def test_many_slots_are_solved_by_large_blocks_with_memory_of_the_multiprocessor_or_beyond() -> None:
     rng = np.random.default_rng(0)
     costs = [rng.normal(size=(1, n)) + 0.1 * rng.normal(size=(m, n)) for m, n in ((3, 100), (4, 1100), (5, 2500))]
-    # 24 bytes for each row and column: 26 496 and 60 120.
+    # 24 bytes for each row, 28 for each column: 30 904 and 70 128.
     assert check_optimal(costs, [1, 2, 1], shared_bytes=48 << 10) == [1, 1, 1]
     assert check_optimal(costs, [1, 2, 1], shared_bytes=99 << 10) == [1, 2, 0]
+
+
+def test_columns_that_are_not_among_the_cheapest_of_a_row_are_left_out() -> None:
+    # Slot s costs the first target 49 - s and the second one |s - 20|; both may take two, so the four cheapest count.
+    slots = torch.arange(50.0)
+    left, kept = emulated_cuda.drop_columns(torch.stack([49 - slots, (slots - 20.2).abs()]), repeat=2)
+    assert left == [19, 20, 21, 22, 46, 47, 48, 49]
+    assert kept[0].tolist() == [30.0, 29.0, 28.0, 27.0, 3.0, 2.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("warps", [1, 4])
+@pytest.mark.parametrize(("targets", "slots", "repeat"), [(1, 33, 1), (7, 300, 1), (3, 200, 6), (40, 3, 2), (90, 2, 1)])
+def test_the_cheapest_columns_of_every_row_stay_with_their_costs(targets, slots, repeat, warps) -> None:
+    apart = torch.randn(targets, slots + 5, generator=torch.Generator().manual_seed(targets))
+    apart[0, 1], apart[-1, 0], apart[0, slots - 1] = torch.nan, torch.inf, -torch.inf
+    left, kept = emulated_cuda.drop_columns(apart[:, :slots], repeat, warps)
+    rows = torch.where(apart.isfinite(), apart, torch.tensor(1e6))[:, :slots]
+    if targets * repeat > slots:  # the slots choose among copies of the targets
+        rows, repeat = rows.T.repeat(1, repeat), 1
+    assert len(left) < rows.shape[1] and left == sorted(set(left))
+    assert torch.equal(kept, rows[:, left])
+    for row in rows:
+        bound = row.sort().values[len(rows) * repeat - 1]
+        assert set(torch.nonzero(row < bound).flatten().tolist()) < set(left)
+        assert (row[left] <= bound).sum() >= len(rows) * repeat
+
+
+def test_all_columns_stay_where_rows_want_most_of_them() -> None:
+    cost = torch.randn(30, 300, generator=torch.Generator().manual_seed(0))
+    assert emulated_cuda.drop_columns(cost)[0] == list(range(300))
+    # Few rows that want different ones: found out only by looking.
+    spread = torch.ones(12, 300)
+    spread[torch.arange(300) % 12, torch.arange(300)] = 0
+    assert emulated_cuda.drop_columns(spread)[0] == list(range(300))
 
 
 def test_rows_may_lie_apart() -> None:
