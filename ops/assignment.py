@@ -38,9 +38,14 @@ def solve(costs: np.ndarray, problems: np.ndarray) -> np.ndarray:
     """
     problems = np.ascontiguousarray(problems, np.int64).reshape(-1, len(FIELDS))
     costs = np.ascontiguousarray(costs, np.float32)
-    if use_compiled("assignment", "SciPy, which is slower"):
+    if host_solver_ready():
         return torch.ops.assigndetr_ext.assign(torch.from_numpy(costs), torch.from_numpy(problems)).numpy()
     return solve_by_scipy(costs, problems)
+
+
+def host_solver_ready() -> bool:
+    """Return whether compiled code does the matching on the CPU, building it if it was not built yet."""
+    return use_compiled("assignment", "SciPy and plain PyTorch, which are slower")
 
 
 def gpu_solver_ready(device: torch.device) -> bool:

@@ -29,8 +29,8 @@ import torch
 KERNELS = ("cpu", "cuda")  # of deformable attention, by device
 SOURCES = {
     "cpu": ("ms_deform_attn.cpp",),
-    "cuda": ("ms_deform_attn.cu", "cuda_assignment.cu"),
-    "assignment": ("assignment.cpp",),
+    "cuda": ("ms_deform_attn.cu", "cuda_assignment.cu", "cuda_costs.cu"),
+    "assignment": ("assignment.cpp", "pair_cost.cpp"),  # of matching: costs and solver
 }
 BUILD_VARIABLE = "ASSIGNDETR_OPS_BUILD"
 HOW_TO_BUILD = "python ops/setup.py build_ext --inplace"
@@ -63,6 +63,8 @@ def compile_flags(kind: str) -> dict[str, list[str]]:
         # With OpenMP at compile time only: the symbols then come from the OpenMP library PyTorch has already loaded,
         # so that torch.set_num_threads holds for these kernels too.
         flags = ["-O3", *([] if sys.platform == "darwin" else ["-fopenmp"])]
+        if kind == "assignment":
+            flags.append("-fno-trapping-math")  # changes no number; GCC makes no vector code of comparisons without it
     return {"cxx": flags, "nvcc": ["-O3"]} if kind == "cuda" else {"cxx": flags}
 
 

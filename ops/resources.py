@@ -24,7 +24,10 @@ _PROGRAM = """
 #define ASSIGNDETR_LAUNCH(kernel, grid, stream) kernel<<<grid, kThreads, 0, stream>>>
 #define ASSIGNDETR_LAUNCH_BLOCKS(kernel, blocks, threads, bytes, stream) kernel<<<blocks, threads, bytes, stream>>>
 #define ASSIGNDETR_SHARED(name) extern __shared__ __align__(16) char name[]
+#define ASSIGNDETR_ASSERT(condition) assert(condition)
+#include <cassert>
 #include "cuda_assignment.h"
+#include "cuda_costs.h"
 #include "cuda_launch.h"
 namespace assigndetr {
 template <typename scalar_t, typename T, typename Source>
@@ -35,6 +38,7 @@ void kernels_of() {
 }
 template <typename scalar_t, typename T>
 void kernels() {
+  (void)&launch_pair_costs<scalar_t, T, cudaStream_t>;
   kernels_of<scalar_t, T, StoredSource<T>>();
   kernels_of<scalar_t, T, FusedSource<scalar_t, T>>();
   (void)&launch_fixed_to_float<T, cudaStream_t>;
@@ -103,7 +107,7 @@ def _readable(symbol: str) -> str:
     """
     if solver := re.match(r"_ZN10assigndetr\d+(solve_assignment)ILi(\d+)E", symbol):
         return " ".join(solver.groups())
-    named = re.match(r"_ZN10assigndetr\d+((?:fast|generic|fixed)_[a-z_]+)I(.*?)EEv|$", symbol)
+    named = re.match(r"_ZN10assigndetr\d+((?:fast|generic|fixed|pair)_[a-z_]+)I(.*?)EEv|$", symbol)
     if not named[1]:
         return symbol
     name, arguments = named[1], named[2]

@@ -24,7 +24,8 @@ META = torch.device("meta")
 @pytest.fixture
 def gpu_without_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """Treat the device "meta" as a GPU, whose answers never come."""
-    monkeypatch.setattr(hungarian, "gpu_solver_ready", lambda device: device.type == "meta")
+    for compiled in ("gpu_solver_ready", "pair_costs_ready"):
+        monkeypatch.setattr(hungarian, compiled, lambda device: device.type == "meta")
     fused_checks = sys.modules["torch.optim.optimizer"]
     monkeypatch.setattr(fused_checks, "_get_fused_kernels_supported_devices", lambda: ["meta"])
     monkeypatch.setattr(nonfinite._Answer, "ready", lambda self: False)

@@ -34,8 +34,7 @@ from torch import Tensor
 
 from models.assign import HungarianMatcher, Request
 from models.assign.hungarian import UNMATCHABLE
-from ops.assignment import gpu_solver_ready, solve, solve_on_gpu
-from ops.selection import use_compiled
+from ops.assignment import gpu_solver_ready, host_solver_ready, solve, solve_on_gpu
 from util.bench_common import check_least, markdown_table
 from util.bench_loader import processor
 from util.bench_matchers import CLOCKS, Inputs, PublishedMatcher, make_inputs, waiter
@@ -185,7 +184,7 @@ def run(own: Namespace) -> dict[str, tuple[float, Times]]:
             seed_everything(own.seed)
             case = build(own, *sizes, shape)
             results[case.name] = (case.apart, measure(case, own, clock))
-    solver = "compiled" if use_compiled("assignment", "SciPy, which is slower") else "SciPy"
+    solver = "compiled" if host_solver_ready() else "SciPy"
     print(
         f"{own.device}, {torch.get_num_threads()} thread(s) of {processor()}; our solver: {solver}; {own.batch_size} "
         f"images and {own.layers} layers a step, {AT_ONCE} problems in a call of the solver alone; "

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.assign.costs import class_cost, giou_cost, l1_cost
 from ops.assignment import FIELDS, gpu_solver_ready, number_of_pairs, solve, solve_on_gpu
+from ops.pair_cost import pair_costs, pair_costs_ready
 from util.boxes import cxcywh_to_xyxy
 from util.structures import Assignment, FlatTargets, Predictions, Supervision
 
@@ -91,6 +92,18 @@ class HungarianMatcher:
 
     def costs(self, predictions: Predictions, targets: FlatTargets) -> Tensor:
         """Return what it costs to give a target to a slot of its image, (M, L, N) float32: no padding, no loop."""
+        if pair_costs_ready(predictions.logits.device):
+            return pair_costs(
+                predictions.logits,
+                predictions.boxes,
+                targets.labels,
+                targets.boxes.float(),
+                targets.image,
+                class_weight=self.cost_class,
+                l1_weight=self.cost_bbox,
+                giou_weight=self.cost_giou,
+                giou_eps=self.giou_eps,
+            )
         entries = predictions.layers * predictions.logits.shape[2]
         step = max(COSTS_AT_ONCE // max(entries, 1), 1)
         parts = [slice(i, i + step) for i in range(0, max(len(targets.labels), 1), step)]

@@ -7,13 +7,9 @@
 
 #include "cuda_fast.h"
 #include "cuda_generic.h"
+#include "cuda_grid.h"
 
 namespace assigndetr {
-
-inline dim3 plain_grid(int64_t threads) {
-  constexpr int64_t most = int64_t(1) << 20;  // the kernels stride over what is left
-  return dim3(static_cast<unsigned>(std::min((threads + kThreads - 1) / kThreads, most)));
-}
 
 inline dim3 plan_grid(const Plan& plan) {
   return dim3(static_cast<unsigned>(blocks_per_image(plan)), static_cast<unsigned>(plan.batch));

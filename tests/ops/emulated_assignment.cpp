@@ -1,10 +1,34 @@
-// The CUDA solver of assignment problems as functions for the CPU, called by tests/ops/emulated_cuda.py.
+// What matches on the GPU, costs and solver, as functions for the CPU, called by tests/ops/emulated_cuda.py.
+#include <c10/util/BFloat16.h>
+
 #include "emulated_cuda.h"
+static bool asserted;  // a GPU would stop there
+#define ASSIGNDETR_ASSERT(condition) \
+  if (!(condition)) {                \
+    asserted = true;                 \
+    return;                          \
+  }
 #include "cuda_assignment.h"
+#include "cuda_costs.h"
 
 using namespace assigndetr;
 
 extern "C" {
+
+// Fill costs (targets, layers, slots); `numbers` are those of CostSizes. 0 if the kernel would stop.
+int pair_costs_of(int half, const void* logits, const float* boxes, const int64_t* labels, const int64_t* images,
+                  const float* targets, const int64_t* numbers, const float* weights, float* costs) {
+  CostSizes n;
+  std::memcpy(&n, numbers, sizeof(n));
+  const CostWeights by{weights[0], weights[1], weights[2], weights[3]};
+  asserted = false;
+  if (half) {
+    launch_pair_costs(static_cast<const c10::BFloat16*>(logits), boxes, labels, images, targets, n, by, costs, 0);
+  } else {
+    launch_pair_costs(static_cast<const float*>(logits), boxes, labels, images, targets, n, by, costs, 0);
+  }
+  return !asserted;
+}
 
 // Run a kernel that is wrong: one warp of a block leaves before a barrier. 1 if that is noticed.
 int split_block() {

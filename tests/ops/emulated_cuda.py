@@ -148,6 +148,23 @@ def assign(
     return pairs, list(kinds)
 
 
+def pair_costs(logits, boxes, labels, targets, image, *, class_weight, l1_weight, giou_weight, giou_eps=0.0):
+    """Return what the CUDA kernel would: see ops.pair_cost. AssertionError where it would stop."""
+    layers, batch, slots, classes = logits.shape
+    costs = torch.full((len(labels), layers, slots), torch.nan)
+    done = compiled_solver().pair_costs_of(
+        int(logits.dtype == torch.bfloat16),
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_void_p(boxes.data_ptr()),
+        *(_address(tensor) for tensor in (labels, image, targets)),
+        _numbers((len(labels), layers, batch, slots, classes, *logits.stride(), *boxes.stride())),
+        (ctypes.c_float * 4)(class_weight, l1_weight, giou_weight, giou_eps),
+        _address(costs),
+    )
+    assert done, "a label or an image does not exist"
+    return costs
+
+
 def drop_columns(
     cost: torch.Tensor, repeat: int = 1, warps: int = 4, unmatchable: float = 1e6
 ) -> tuple[list[int], torch.Tensor]:

@@ -33,7 +33,7 @@ def test_no_kernel_keeps_in_memory_what_belongs_into_registers(architecture):
     found = resources.kernel_usage(architecture)
     names = [usage.kernel for usage in found]
     # 2 sources; 5 counts of lanes, 3 types, a forward and two backward kernels; 4 types of generic ones; 2 conversions;
-    # then the solver of assignment problems with few and with many warps.
-    assert len(names) == len(set(names)) == 2 * (5 * 3 * 3 + 4 * 3) + 2 + 2
+    # then, for matching, 4 types of the costs and the solver with few and with many warps.
+    assert len(names) == len(set(names)) == 2 * (5 * 3 * 3 + 4 * 3) + 2 + 4 + 2
     assert {usage.kernel: usage.spilled for usage in found if usage.spilled} == {}
     assert max(usage.registers for usage in found) <= 128

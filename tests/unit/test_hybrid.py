@@ -387,15 +387,13 @@ def test_costs_and_losses_of_both_branches_are_evaluated_once(monkeypatch: pytes
     model, criterion, _ = build_model(tiny_args(f"{TWO_STAGE} {BRANCH}"))
     matcher = criterion.assigners["queries"]
     shapes, evaluated = [], []
-    costs = matcher._costs
-    monkeypatch.setattr(
-        matcher, "_costs", lambda logits, *rest: shapes.append(tuple(logits.shape)) or costs(logits, *rest)
-    )
+    costs = matcher.costs
+    monkeypatch.setattr(matcher, "costs", lambda p, targets: shapes.append(p.logits.shape[:3]) or costs(p, targets))
     for name, term in criterion.terms.items():
         criterion.terms[name] = lambda p, pairs, a, n=name, f=term: evaluated.append(n) or f(p, pairs, a)
     step(model, criterion, tiny_targets())
     tokens = 85  # 8 x 8 + 4 x 4 + 2 x 2 + 1: the encoder's proposals
-    assert shapes == [(2, 2, 8 + 12, 4), (1, 2, tokens, 4)]
+    assert shapes == [(2, 2, 8 + 12), (1, 2, tokens)]
     assert sorted(evaluated) == ["boxes", "boxes", "labels", "labels"]
 
 
