@@ -161,8 +161,10 @@ def build_environment(kind: str) -> Iterator[None]:
             os.environ["PATH"] = f"{ninja.parent}{os.pathsep}{os.environ.get('PATH', '')}"
         if kind == "cuda":
             cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"] = str(find_cuda_home())
-            if not os.environ.get("TORCH_CUDA_ARCH_LIST") and not torch.cuda.is_available():
-                os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
+            if not _asked_architectures():  # PyTorch then takes those of the GPUs here
+                os.environ.pop("TORCH_CUDA_ARCH_LIST", None)
+                if not torch.cuda.is_available():
+                    os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
         yield
     finally:
         cpp_extension.CUDA_HOME = saved_home
@@ -219,11 +221,17 @@ def _cache_folder(kind: str) -> Path:
     folder = Path(root) / "assigndetr_ops"
     if kind != "cuda":
         return folder
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    architectures = _asked_architectures()
     if not architectures and torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         architectures = ";".join(f"{major}.{minor}" for major, minor in sorted(found))
     return folder / "sm_{}".format(re.sub(r"[^0-9A-Za-z]+", "_", architectures or DEFAULT_ARCHITECTURES))
+
+
+def _asked_architectures() -> str:
+    """Return the architectures that TORCH_CUDA_ARCH_LIST names; "native", those of the GPUs here, names none."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    return "" if asked == "native" else asked
 
 
 def _import_cpp_extension() -> ModuleType:

@@ -113,6 +113,17 @@ def test_a_missing_gpu_is_told():
         dist.init_distributed_mode("cuda", None, 1)
 
 
+def test_a_single_process_makes_the_gpu_that_was_asked_for_its_current_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert dist.init_distributed_mode("cuda:1", None, 1) == torch.device("cuda:1")
+    assert current == [torch.device("cuda:1")]
+
+
 # two processes
 
 

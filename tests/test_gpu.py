@@ -117,6 +117,7 @@ def test_the_optimiser_of_a_training_on_a_gpu_leaves_out_bad_steps_by_itself() -
 
 @pytest.mark.parametrize("repeat", [1, 2, 6])
 def test_the_solver_on_the_gpu_is_as_cheap_as_scipy(repeat: int) -> None:
+    assert gpu_solver_ready(torch.device("cuda"))  # loads it: this test may run alone
     rng = np.random.default_rng(repeat)
     # The last ones: large blocks with much shared memory, and beyond it.
     shapes = [(m, n) for m in (0, 1, 7, 20, 60) for n in (1, 33, 300, 900, 1500)] + [(5, 9000), (20, 22223)]

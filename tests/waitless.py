@@ -32,6 +32,7 @@ FLAGS = (
     "--matcher cost-greedy",
     "--matcher soft-literal",
     "--matcher soft --scg rounds --soft_extra_layers 1 --cls_target hard",
+    "--matcher soft --soft_warmup teacher",
     f"{TWO_STAGE} --matcher soft --enc_matcher soft --probe_per_layer --layer_consistency last",
 )
 

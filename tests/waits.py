@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Waits(TorchDispatchMode):
-    """Counts the operators whose result has a size or a value that only the device knows."""
+    """Counts the operators whose result has a size or a value that only the device knows, and copies that block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,4 +25,9 @@ class Waits(TorchDispatchMode):
         # An int as repeats is a shape of the host; it never arrives here as the operator of that name.
         if name in asks or by_mask:
             self.found[name] += 1
+        # From ordinary memory of the host; PyTorch waits for the stream then. The device may be "meta".
+        if name == "_to_copy" and not (kwargs or {}).get("non_blocking"):
+            target = (kwargs or {}).get("device")
+            if target is not None and torch.device(target).type != args[0].device.type:
+                self.found["blocking copy"] += 1
         return func(*args, **(kwargs or {}))

@@ -81,7 +81,10 @@ def init_distributed_mode(device: str, local_rank_flag: int | None, timeout_minu
     """
     launch = read_launch(os.environ, local_rank_flag)
     if launch is None:
-        return pick_device(device)
+        chosen = pick_device(device)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)  # what names no device, such as events and peaks of memory, means this one
+        return chosen
     local = launch.local_rank
     if local is None:
         local = launch.rank % (torch.cuda.device_count() or launch.world_size)

@@ -186,7 +186,7 @@ class _Answer:
             self.flags = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             self.flags.copy_(flags, non_blocking=True)
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(flags.device))
 
     def ready(self) -> bool:
         return self.arrived is None or self.arrived.query()

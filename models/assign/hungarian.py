@@ -190,7 +190,7 @@ def _pairs_by_host(costs: Tensor, problems: Sequence[_Problems]) -> Tensor:
 
 def _send(numbers: Tensor, device: torch.device) -> Tensor:
     """Return `numbers` of the host on `device`; a copy from pinned memory waits for nothing."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:

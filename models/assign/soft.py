@@ -305,7 +305,7 @@ class SoftMatcher(nn.Module):
         (pairs,) = self.teacher([request])
         layers = {row: i for i, row in enumerate(request.rows)}
         layer = torch.tensor([layers.get(row, 0) for row in range(request.predictions.layers)])
-        layer = layer.to(pairs.layer.device)[pairs.layer]
+        layer = layer.to(pairs.layer.device, non_blocking=True)[pairs.layer]
         group = layer * found.images + pairs.image
         taught = found.log_c[group, pairs.target, pairs.slot - request.slots.start]
         return taught.new_zeros(found.slots.layers).index_add(0, layer, -taught)

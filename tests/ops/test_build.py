@@ -134,8 +134,10 @@ def test_the_kernel_built_ahead_of_time_is_used_without_a_compiler(project):
 @pytest.mark.skipif(build.why_no_nvcc() is not None, reason=f"no CUDA build here: {build.why_no_nvcc()}")
 @needs_compiler
 def test_the_cuda_sources_compile_link_and_load_without_a_gpu(monkeypatch):
-    # In the user's own cache, so that it compiles once for each version of the sources.
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    # In the user's own cache, so that it compiles once for each version of the sources. Where there is a GPU, other
+    # tests of this process load the library for it, and a second one with the same operators would be an error.
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     monkeypatch.delenv(build.BUILD_VARIABLE, raising=False)
     build.load("cuda")
     value = torch.ones(1, 1, 1, 1)
@@ -166,6 +168,15 @@ def test_a_toolkit_of_another_major_version_is_named(tmp_path, monkeypatch):
     assert "has CUDA 11.8, PyTorch needs 12.4" in build.why_no_nvcc()
     monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "newer", "12.1")))
     assert build.why_no_nvcc() is None
+
+
+def test_a_list_of_architectures_that_says_native_has_a_folder_for_each_kind_of_gpu(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert build._cache_folder("cuda").name == "sm_{}_{}".format(*capability)
 
 
 def test_pytorch_without_cuda_is_named(monkeypatch):

@@ -33,6 +33,18 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+def away_from_borders(locations, shapes):
+    """Move locations at least a hundredth of a cell away from where the cells they lie between change.
+
+    Their gradients jump there. Of the 1.7 million samples of the largest test about one would come out on the other
+    side in float32, with a gradient that has nothing to do with the definition's.
+    """
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float64, device=locations.device)[:, None]
+    places = locations.double() * sizes - 0.5
+    first = places.floor()
+    return (first + 0.01 + 0.98 * (places - first) + 0.5) / sizes
+
+
 def draw(dtype, width=32, levels=4, points=4, batch=2, queries=300, heads=8):
     """Return value, shapes, locations, weights and a gradient of the output, on the GPU. `queries` None: the cells."""
     shapes = LEVELS[levels]
@@ -41,7 +53,7 @@ def draw(dtype, width=32, levels=4, points=4, batch=2, queries=300, heads=8):
     sums = reference.compute_dtype(dtype)
     samples = (batch, queries, heads, levels, points)
     value = torch.randn(batch, cells, heads, width, device="cuda").to(dtype)
-    locations = (torch.rand(*samples, 2, device="cuda") * 1.4 - 0.2).to(sums)
+    locations = away_from_borders(torch.rand(*samples, 2, device="cuda") * 1.4 - 0.2, shapes).to(sums)
     weights = torch.rand(samples, device="cuda").to(sums)
     return value, shapes, locations, weights, torch.randn(batch, queries, heads * width, device="cuda").to(dtype)
 
@@ -129,8 +141,9 @@ def test_forward_and_backward_can_be_recorded_as_a_graph(request, dtype, fixed):
         if isinstance(old, torch.Tensor):  # the shapes stay
             old.copy_(new)
     graph.replay()
+    rtol, atol = (1e-4, 1e-4) if dtype == torch.float32 else (1e-2, 2e-2)  # sums in another order may round elsewhere
     for ours, theirs in zip(recorded, run(*other), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 2e-2)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 def test_neither_pass_waits_for_the_gpu(deterministic):
