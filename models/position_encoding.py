@@ -11,6 +11,7 @@ from argparse import Namespace
 import torch
 from torch import Tensor, nn
 
+from ops.module import at_least_float32
 from util.errors import UserError
 
 LEARNED_TABLE_ROWS = 50  # as in DETR: maps of stride 32 of an image up to 1600 pixels
@@ -91,7 +92,7 @@ def sine_embed_boxes(boxes: Tensor, num_feats: int, temperature: float = 10000.0
     have the same order. Half precision is computed and returned in float32.
     """
     _check_even(num_feats)
-    angles = boxes.to(torch.promote_types(boxes.dtype, torch.float32)) * (2 * math.pi)
+    angles = at_least_float32(boxes) * (2 * math.pi)
     return _sine(angles, num_feats, temperature).flatten(-2)
 
 

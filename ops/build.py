@@ -144,6 +144,8 @@ def load(kind: str) -> None:
         if reason := why_not_on_first_use(kind):
             raise BuildError(reason)
         path = _compile_once(kind)
+        if path is None:
+            return
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -174,18 +176,24 @@ def build_environment(kind: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _compile_once(kind: str) -> Path:
+def _compile_once(kind: str) -> Path | None:
+    """Return the library if another process has compiled it meanwhile; None if this one has, and so has it loaded.
+
+    Loading the same operators from two files would end the process.
+    """
     folder = _cache_folder(kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{kind}.lock"):
-            path = built_library(kind)  # another process may have finished while this one waited
-            return path or _compile(kind, folder)
+            path = built_library(kind)
+            if path is None:
+                _compile(kind, folder)
+            return path
     except OSError as error:
         raise BuildError(f"the build folder {folder} cannot be used: {error} (set TORCH_EXTENSIONS_DIR)") from error
 
 
-def _compile(kind: str, folder: Path) -> Path:
+def _compile(kind: str, folder: Path) -> None:
     cpp_extension = _import_cpp_extension()
     name = library_name(kind)
     print(f"ops: compiling the {kind} kernel, once for this machine (about a minute) ...", file=sys.stderr, flush=True)
@@ -212,7 +220,6 @@ def _compile(kind: str, folder: Path) -> Path:
         path = folder / f"{name}{_library_ending()}"
         os.replace(built, path)
     print(f"ops: compiled in {time.perf_counter() - started:.0f} s: {path}", file=sys.stderr, flush=True)
-    return path
 
 
 def _cache_folder(kind: str) -> Path:

@@ -10,7 +10,9 @@ import ops
 from models import build_criterion, build_model
 from models.assign import HungarianMatcher
 from ops.assignment import gpu_solver_ready, solve_by_scipy, solve_on_gpu
+from ops.pair_cost import pair_costs, pair_costs_ready
 from tests.ops.test_assignment_cuda_emulated import lay_out
+from tests.ops.test_pair_cost import WEIGHTS, draw
 from tests.tiny import TWO_STAGE, make_target, tiny_args, tiny_images, tiny_targets
 from tests.unit.soft_cases import output_of, random_predictions, random_target
 from tests.unit.test_assignment import step_requests
@@ -134,6 +136,16 @@ def test_the_solver_on_the_gpu_is_as_cheap_as_scipy(repeat: int) -> None:
         ]
         assert paid[0] == pytest.approx(paid[1], rel=1e-6, abs=1e-6)
         assert (np.diff(found[1][found[0] == i]) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_matching_costs_on_the_gpu_are_those_of_the_host(dtype: torch.dtype) -> None:
+    logits, boxes, *rest = draw(layers=7, batch=3, slots=300, classes=91, targets=20, scale=1.0)
+    inputs = (logits.to(dtype), boxes, *rest)
+    assert pair_costs_ready(torch.device("cuda")) and pair_costs_ready(torch.device("cpu"))
+    expected = pair_costs(*inputs, **WEIGHTS)
+    found = pair_costs(*(x.cuda() for x in inputs), **WEIGHTS)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-4, rtol=1e-5)
 
 
 def test_a_step_is_matched_on_the_gpu_as_on_the_host() -> None:

@@ -41,6 +41,7 @@ from util.pixels import IMAGENET_MEAN, IMAGENET_STD
 from util.stored_flags import build_trained, flags_of
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+OLDEST_FOR_ANY_SIZE = (2, 8)  # PyTorch's translation to ONNX fails on open sizes in 2.6; 2.7 was not tried
 
 
 def export_command(args: Namespace) -> None:
@@ -49,6 +50,8 @@ def export_command(args: Namespace) -> None:
 
     if args.export == "onnx":
         need_packages()
+        if args.export_dynamic:
+            need_open_sizes()
     try:
         ops.set_backend(args.ops_backend)
     except ValueError as error:
@@ -98,6 +101,17 @@ def need_packages() -> None:
         raise UserError(f"--export onnx needs {', '.join(missing)}: pip install {' '.join(PACKAGES)}")
 
 
+def need_open_sizes() -> None:
+    """Raise UserError if this PyTorch cannot translate graphs for any size."""
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < OLDEST_FOR_ANY_SIZE:
+        oldest = ".".join(map(str, OLDEST_FOR_ANY_SIZE))
+        raise UserError(
+            f"--export onnx with --export_dynamic needs PyTorch {oldest} or later, found {torch.__version__}: "
+            "leave out --export_dynamic for a file of one size, or export with a newer PyTorch (the checkpoint fits)"
+        )
+
+
 def coarsest_stride(model: nn.Module) -> int:
     """Return the stride of the coarsest level, pixels."""
     extra = len(model.input_proj) - len(model.backbone.strides)
@@ -143,8 +157,9 @@ def record(wrapper: nn.Module, *, batch: int, size: tuple[int, int], multiple: i
     try:
         with portable(), torch.no_grad():
             return torch.export.export(wrapper, inputs, dynamic_shapes=shapes, strict=False)
-    except RuntimeError as error:
-        if "k not in range" not in str(error):
+    except (RuntimeError, ValueError) as error:
+        # PyTorch 2.6 finds the number of queries inconsistent with the range of open sizes.
+        if "k not in range" not in str(error) and "is inconsistent" not in str(error):
             raise
         raise UserError(
             f"--export_size {size[0]} {size[1]}: on this canvas the encoder has fewer cells than the model has "

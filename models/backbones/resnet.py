@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models.backbones.weights import first_process_first, load_exactly, read_state_dict
+from ops.gather import is_portable
 from util.errors import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -28,7 +29,8 @@ class FrozenBatchNorm2d(torchvision.ops.FrozenBatchNorm2d):
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         scale, shift = (value.to(x.dtype).view(1, -1, 1, 1) for value in (scale, shift))
-        return torch.addcmul(shift, x, scale)
+        # One way through memory; but PyTorch 2.6 cannot decompose it for maps whose size is a symbol.
+        return x * scale + shift if is_portable() else torch.addcmul(shift, x, scale)
 
 
 class ResNetBackbone(nn.Module):

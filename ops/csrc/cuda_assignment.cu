@@ -29,11 +29,12 @@ int64_t largest_shared_memory(int device) {
 // Return (3, P) on the device of the costs, as `assign` does. Costs that are not finite count as `unmatchable`.
 at::Tensor assign_cuda(const at::Tensor& costs, const at::Tensor& problems, double unmatchable) {
   TORCH_CHECK_VALUE(costs.is_cuda(), "costs must be on a GPU, found ", costs.device());
-  TORCH_CHECK_VALUE(std::isfinite(unmatchable), "unmatchable must be finite, found ", unmatchable);
+  TORCH_CHECK_VALUE(std::isfinite(static_cast<float>(unmatchable)), "unmatchable must be a finite float32, found ",
+                    unmatchable);
   const c10::cuda::CUDAGuard guard(costs.device());
   const float* const data = costs.const_data_ptr<float>();
-  const AssignmentPlan plan =
-      plan_assignment(read_problems(costs, problems), data, largest_shared_memory(costs.get_device()));
+  const int64_t shared = largest_shared_memory(costs.get_device());
+  const AssignmentPlan plan = plan_assignment(read_problems(costs, problems), data, shared);
   const auto options = costs.options();
   at::Tensor pairs = at::empty({3, plan.pairs}, options.dtype(at::kLong));
   if (plan.tasks.empty()) {
@@ -47,7 +48,7 @@ at::Tensor assign_cuda(const at::Tensor& costs, const at::Tensor& problems, doub
   at::Tensor scratch = at::empty({plan.scratch_bytes}, options.dtype(at::kByte));
   if (plan.large_bytes > kSmallBytes - 2048) {
     C10_CUDA_CHECK(cudaFuncSetAttribute(solve_assignment<kLargeWarps>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(plan.large_bytes)));
+                                        static_cast<int>(shared - 2048)));  // the same for all threads of the host
   }
   launch_assignment(plan, data, reinterpret_cast<const Task*>(tasks.const_data_ptr<int64_t>()),
                     static_cast<float>(unmatchable), reinterpret_cast<char*>(scratch.mutable_data_ptr<uint8_t>()),

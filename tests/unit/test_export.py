@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tests.tiny import tiny_args
 from util.checkpoint import native_weights, read_checkpoint
 from util.environment import plain_args
 from util.errors import UserError
-from util.export import record
+from util.export import export_command, need_open_sizes, record
 from util.export_check import (
     Comparison,
     OnnxFile,
@@ -63,6 +64,10 @@ def two_stage(tmp_path_factory) -> Path:
     """Folder with a checkpoint of a two-stage model and `model.onnx` for any size, which the command found equal."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
+    try:
+        need_open_sizes()
+    except UserError as error:
+        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("two_stage")
     checkpoint = save(folder, f"{TWO_STAGE} {TRAINING_ONLY}")
     command = ["--export", "onnx", "--export_dynamic", "--export_size", "128", "128", "--export_topk", "10"]
@@ -97,6 +102,14 @@ def test_an_onnx_file_holds_standard_operators_only_and_no_grid_sample(two_stage
     operators = onnx_operators(onnx.load(two_stage / "model.onnx"))
     assert {"::Gather", "::TopK"} <= set(operators)
     assert all(name.startswith("::") for name in operators) and "::GridSample" not in operators
+
+
+def test_an_older_pytorch_is_told_that_it_cannot_export_open_sizes(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    monkeypatch.setattr("util.export.need_packages", lambda: None)
+    args = Namespace(export="onnx", export_dynamic=True, ops_backend="auto", output_dir=str(tmp_path), resume="x.pth")
+    with pytest.raises(UserError, match=r"needs PyTorch 2\.8 or later, found 2\.6\.0.*leave out --export_dynamic"):
+        export_command(args)
 
 
 def test_training_only_parts_are_not_in_the_file(two_stage: Path) -> None:
