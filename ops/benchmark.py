@@ -297,7 +297,8 @@ def layers(candidate: Candidate, dtype: str, threads: int, args: argparse.Namesp
 def figures(kind: str, rows: Sequence[Row | benchmark_layer.LayerRow], args: argparse.Namespace) -> list[dict]:
     """Return one entry for each case: the plain way, and the way that training takes on this machine, in ms.
 
-    Of several compiled candidates that is the first. A case that only the plain way could do has no entry.
+    Of several compiled candidates that is the first. What only the reference could do has no entry: it is compared with
+    nothing, or says of the layer what nobody trains with.
     """
     cases: dict[tuple, list] = {}
     for row in rows:
@@ -312,8 +313,8 @@ def figures(kind: str, rows: Sequence[Row | benchmark_layer.LayerRow], args: arg
             entry = {"kind": kind, "case": case, "plain": times[0], "ours": times[1], "times_as_fast": gains}
             if kind == "operator":
                 found.append({**entry, "case": {**case, "dist": args.dist}, "way": own.candidate})
-            else:
-                found.append({**entry, "kept": [plain.kept, own.kept]})
+            elif own.backend != "reference":
+                found.append({**entry, "kept": [plain.kept, own.kept], "way": own.backend})
     return found
 
 

@@ -30,11 +30,8 @@ def test_the_benchmark_compares_the_layer_with_and_without_the_fused_operator(tm
     benchmark.main([*arguments.split(), str(file)])
     report = json.loads(file.read_text())
     rows = report["layers"]
-    for figure, plain, ours in zip(report["figures"], rows[::2], rows[1::2], strict=True):
-        assert figure["kind"] == "layer" and figure["case"]["mode"] == plain["mode"] == ours["mode"]
-        assert figure["plain"][0] == pytest.approx(1e3 * plain["median"], rel=1e-3)
-        assert figure["ours"][0] == pytest.approx(1e3 * ours["median"], rel=1e-3)
-        assert figure["kept"] == [plain["kept"], ours["kept"]]
+    assert report["figures"] == []  # nothing compiled was measured
+    assert all(row["ratio_least"] <= row["ratio"] * 1.001 and row["ratio"] <= row["ratio_most"] * 1.001 for row in rows)
     assert [(row["mode"], row["way"]) for row in rows] == [
         (mode, way) for mode in benchmark.MODES for way in ("unfused", "fused")
     ]
@@ -54,6 +51,20 @@ def test_a_figure_compares_the_reference_with_the_first_compiled_candidate():
     assert figure["case"] == case | {"dist": "uniform"} and figure["way"] == "cpu avx2"
     assert (figure["plain"], figure["ours"]) == ([100.0, 50.0, 200.0], [2.0, 1.0, 4.0])
     assert figure["times_as_fast"] == [50.0, 25.0, 100.0]
+
+
+def test_a_figure_of_the_layer_compares_the_fused_way_with_the_other():
+    def row(backend, way, seconds, kept):
+        spread = (seconds, seconds, seconds, 0.3 / seconds, kept, "cuda", 1.0, 2.0)
+        return benchmark.benchmark_layer.LayerRow("dec300", "forward", "fp16", backend, 1, way, *spread)
+
+    rows = [row("cuda", "unfused", 0.3, 7), row("cuda", "fused", 0.2, 5)]
+    (figure,) = benchmark.figures("layer", rows, benchmark.parse([]))
+    assert figure["case"]["device"] == "cuda" and figure["case"]["threads"] == 0
+    assert (figure["plain"][0], figure["ours"][0], figure["kept"]) == (300.0, 200.0, [7, 5])
+    assert figure["times_as_fast"] == [1.5, 1.0, 2.0]
+    rows = [row("reference", "unfused", 0.3, 7), row("reference", "fused", 0.2, 5)]
+    assert benchmark.figures("layer", rows, benchmark.parse([])) == []
 
 
 @pytest.mark.parametrize("dist", ["model", "uniform"])
