@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import subprocess
+import sys
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ops import benchmark as operator_benchmark
-from util import bench_train
+from util import bench_all, bench_train
 from util.args import get_args_parser
 from util.bench_all import BY_DEVICE, ROOT, Benchmark, commands, main
 from util.benchmark import BENCHMARKS
@@ -86,6 +88,14 @@ def test_every_command_of_the_table_is_one_that_its_benchmark_accepts(device: st
             assert not rest, name
 
 
+def test_benchmarks_of_a_gpu_do_without_pycocotools() -> None:
+    names = {shlex.split(own.command)[1] for own in commands("cuda").values() if own.command.startswith("util")}
+    modules = ["ops.benchmark", "util.bench_all", *(BENCHMARKS[name][0] for name in sorted(names))]
+    code = f"import sys; sys.modules['pycocotools'] = None; import {', '.join(modules)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_list_for_a_processor_takes_less_than_25_minutes_and_the_one_for_a_gpu_less_than_20() -> None:
     assert sum(own.minutes for own in commands("cpu").values()) <= 25
     assert sum(own.minutes for own in commands("cuda").values()) <= 20
@@ -126,6 +136,15 @@ def test_a_failure_leaves_no_figures_of_an_earlier_run(table, tmp_path: Path) ->
     flags = ["--output", str(tmp_path), "--only", "fails"]
     (tmp_path / "fails.json").write_text("figures")
     assert main(flags, table) == 1 and not (tmp_path / "fails.json").exists()
+
+
+def test_a_run_that_is_interrupted_says_that_it_can_go_on(table, tmp_path: Path, monkeypatch, capsys) -> None:
+    flags = ["--output", str(tmp_path), "--only", "good"]
+    with monkeypatch.context() as patched:
+        patched.setattr(bench_all, "measure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(flags, table) == 130
+    assert "the same command line goes on from here" in capsys.readouterr().out
+    assert main(flags, table) == 0
 
 
 def test_the_list_shows_what_is_done_and_runs_nothing(table, tmp_path: Path, capsys) -> None:
