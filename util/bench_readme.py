@@ -135,9 +135,9 @@ def operator_cells(figure: dict[str, Any]) -> Cells:
     what = f"{SHAPES[case['shape']]}{details}, {case['mode'].replace('+', ' and ')}"
     if figure["kind"] == "operator":
         return f"deformable attention, {what}", f"grid_sample: {short(plain)} ms", _ours(figure, ours)
-    if case["mode"] != "forward":
-        before, after = (kept / 2**20 for kept in figure["kept"])
-        what += f" (keeps {after:.0f} in place of {before:.0f} MiB)"
+    before, after = (round(kept / 2**20) for kept in figure["kept"])
+    if case["mode"] != "forward" and before != after:
+        what += f" (keeps {after} in place of {before} MiB)"
     return f"the whole layer, {what}", f"not fused: {short(plain)} ms", f"fused: {short(ours)} ms"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.speed_cases import MACHINE, step, write, write_one_of_each
+from tests.unit.speed_cases import MACHINE, OPERATOR, figure, step, write, write_one_of_each
 from util.bench_readme import BEGIN, END, FOLDERS, filled, main, read_folder, section, short
 from util.benchmark import main as benchmark
 from util.errors import UserError
@@ -108,6 +108,15 @@ def test_only_the_text_between_the_markers_is_written_and_check_tells_a_differen
     readme.write_text(readme.read_text().replace("40.0 (20.0", "41.0 (20.0"))
     assert benchmark([*flags, "--check"]) == 1
     assert "-| `python ops/benchmark.py` |" in capsys.readouterr().out
+
+
+def test_memory_is_told_of_a_layer_that_keeps_less_than_the_other_and_only_with_a_backward_pass(folder: Path) -> None:
+    cases = [("forward", [2**21, 2**20]), ("forward+backward", [2**20, 2**20]), ("forward+backward", [2**23, 2**22])]
+    for mode, kept in cases:
+        case = {**OPERATOR, "mode": mode}
+        write(folder, "layer", "x.py", [figure("layer", case, 2, 1, kept=kept)])
+        assert ("(keeps 4 in place of 8 MiB)" in section([folder])) == (kept[0] == 2**23)
+        assert section([folder]).count("keeps") == (kept[0] == 2**23)
 
 
 @pytest.mark.parametrize(
