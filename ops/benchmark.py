@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import ops
 from ops import benchmark_layer, selection
+from ops.benchmark_record import record, shortened
 
 LEVELS = ((100, 167), (50, 84), (25, 42), (13, 21))  # an image of 800 x 1333, strides 8 to 64
 HEADS, WIDTH, POINTS = 8, 32, 4
@@ -72,13 +72,15 @@ class Row:
     least: float
     most: float
     ratio: float  # how many times faster than the reference on the same device
+    ratio_least: float = 0.0  # of one turn
+    ratio_most: float = 0.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print; see the module's docstring."""
     args = parse(arguments)
-    report = {"machine": machine(), "arguments": vars(args), "times": [], "errors": [], "layers": []}
-    print("\n".join(report["machine"]), flush=True)
+    report = {**record(), "arguments": vars(args), "times": [], "errors": [], "layers": []}
+    print("\n".join(machine(report)), flush=True)
     candidates = available(args.backends, args.devices)
     for device in dict.fromkeys(candidate.device for candidate in candidates):
         own = [candidate for candidate in candidates if candidate.device == device]
@@ -95,8 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if "layer" in args.what:
                     print(f"\nThe attention layer on {device}, {title}\n")
                     report["layers"] += layers(own[:2][-1], dtype, threads, args)
-    if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=2, default=asdict) + "\n")
+    if args.output:
+        report["figures"] = figures("operator", report["times"], args) + figures("layer", report["layers"], args)
+        Path(args.output).write_text(json.dumps(report, indent=2, default=asdict) + "\n")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -118,7 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=("model", "uniform"),
         help="locations near the queries, as a trained model has them, or anywhere, which is the worst for caches",
     )
-    parser.add_argument("--json", help="write all numbers to this file")
+    parser.add_argument("--output", "--json", help="write all numbers to this file")
     args = parser.parse_args(arguments)
     for name in ("threads", "batch", "repeats"):
         value = getattr(args, name)
@@ -127,24 +130,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def machine() -> list[str]:
+def machine(facts: dict) -> list[str]:
     """Return lines about hardware and versions."""
-    lines = [f"torch {torch.__version__}, python {platform.python_version()} on {platform.platform()}"]
-    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    lines.append(f"CPU: {cpu_name()}, {os.cpu_count()} logical cores{load}")
-    if torch.cuda.is_available():
-        lines.append(f"GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    own, versions = facts["machine"], facts["versions"]
+    load = "" if own["load"] is None else f", load {own['load']:.1f}"
+    lines = [f"torch {torch.__version__}, python {versions['python']} on {own['system']}"]
+    lines.append(f"CPU: {own['processor']}, {own['cores']} logical cores{load}")
+    if own["gpu"]:
+        lines.append(f"GPU: {own['gpu']}, CUDA {versions['cuda']}")
     return lines
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def available(backends: Sequence[str], devices: Sequence[str]) -> list[Candidate]:
@@ -271,6 +265,8 @@ def times(candidates: Sequence[Candidate], dtype: str, threads: int, args: argpa
                 middle = statistics.median(seconds)
                 row = Row(shape, mode, dtype, threads, candidate.name, candidate.device, clock, middle, 0, 0, 0)
                 row.least, row.most, row.ratio = min(seconds), max(seconds), base / middle
+                gains = [a / b for a, b in zip(samples[candidates[0].name], seconds, strict=True)]
+                row.ratio_least, row.ratio_most = min(gains), max(gains)
                 found.append(row)
                 spread = f"{1e3 * row.least:.2f} .. {1e3 * row.most:.2f}"
                 print(table_line((shape, mode, row.candidate, f"{1e3 * middle:.2f}", spread, f"{row.ratio:.1f}")))
@@ -295,6 +291,30 @@ def layers(candidate: Candidate, dtype: str, threads: int, args: argparse.Namesp
                 spread = f"{1e3 * row.least:.2f} .. {1e3 * row.most:.2f}"
                 cells = (f"{1e3 * row.median:.2f}", spread, f"{row.ratio:.2f}", f"{row.kept / 2**20:.1f}")
                 print(table_line((shape, row.mode, row.way, *cells)), flush=True)
+    return found
+
+
+def figures(kind: str, rows: Sequence[Row | benchmark_layer.LayerRow], args: argparse.Namespace) -> list[dict]:
+    """Return one entry for each case: the plain way, and the way that training takes on this machine, in ms.
+
+    Of several compiled candidates that is the first. What only the reference could do has no entry: it is compared with
+    nothing, or says of the layer what nobody trains with.
+    """
+    cases: dict[tuple, list] = {}
+    for row in rows:
+        threads = row.threads if row.device == "cpu" else 0
+        cases.setdefault((row.shape, row.mode, row.dtype, row.device, threads), []).append(row)
+    found = []
+    for key, (plain, *others) in cases.items():
+        for own in others[:1]:
+            times = [[shortened(1e3 * x) for x in (row.median, row.least, row.most)] for row in (plain, own)]
+            gains = [shortened(x) for x in (own.ratio, own.ratio_least, own.ratio_most)]
+            case = dict(zip(("shape", "mode", "dtype", "device", "threads"), key)) | {"batch": args.batch}
+            entry = {"kind": kind, "case": case, "plain": times[0], "ours": times[1], "times_as_fast": gains}
+            if kind == "operator":
+                found.append({**entry, "case": {**case, "dist": args.dist}, "way": own.candidate})
+            elif own.backend != "reference":
+                found.append({**entry, "kept": [plain.kept, own.kept], "way": own.backend})
     return found
 
 

@@ -34,6 +34,9 @@ class LayerRow:
     most: float
     ratio: float  # how many times faster than unfused
     kept: int
+    device: str = "cpu"
+    ratio_least: float = 0.0  # of one turn
+    ratio_most: float = 0.0
 
 
 @contextmanager
@@ -119,5 +122,8 @@ def rows(case: LayerCase, labels: tuple[str, str, str], threads: int, measure: M
         for name in WAYS:
             middle = statistics.median(samples[name])
             seconds = (middle, min(samples[name]), max(samples[name]))
+            gains = [a / b for a, b in zip(samples["unfused"], samples[name], strict=True)]
             shape, dtype, backend = labels
-            yield LayerRow(shape, mode, dtype, backend, threads, name, *seconds, base / middle, kept[name])
+            row = LayerRow(shape, mode, dtype, backend, threads, name, *seconds, base / middle, kept[name])
+            row.device, row.ratio_least, row.ratio_most = case.device, min(gains), max(gains)
+            yield row

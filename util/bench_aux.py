@@ -41,6 +41,7 @@ from torch import Tensor
 
 from models import num_classes
 from models.aux_heads import HEADS
+from ops.benchmark_record import record
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.bench_common import (
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = get_args_parser()
     parser.usage = "python -m util.bench_aux [flags] [flags of main.py]          --help lists the former"
     args = parser.parse_args([*MODEL.split(), *rest])
-    columns = variants(args, own.aux_heads)
+    columns, facts = variants(args, own.aux_heads), record()
     try:
         check(own, columns)
         folder = prepare_output_dir(args.output_dir)
@@ -289,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if folder is None:
         print("nothing was saved: there is no --output_dir")
         return 0
-    content = {"environment": environment(), "benchmark": vars(own), "args": vars(args), **numbers}
+    content = {**facts, "environment": environment(), "benchmark": vars(own), "args": vars(args), **numbers}
     (folder / "bench_aux.md").write_text(report)
     (folder / "bench_aux.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"saved as {folder / 'bench_aux.md'} and {folder / 'bench_aux.json'}")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -67,6 +68,12 @@ def check_least(own: Namespace, bounds: Mapping[str, int]) -> None:
         value = getattr(own, name)
         if min(value if isinstance(value, list) else [value]) < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+
+
+def check_output(output: str) -> None:
+    """Raise a UserError if the file `output` has no folder to lie in; better before than after all measuring."""
+    if output and not Path(output).resolve().parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {Path(output).parent}; make it first")
 
 
 def start(args: Namespace, threads: int) -> torch.device:

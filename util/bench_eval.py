@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from time import perf_counter, process_time
 from typing import Any
@@ -34,7 +34,8 @@ from pycocotools.coco import COCO
 from datasets.base import silent_coco
 from datasets.eval_backends import BACKENDS, Evaluated, find_backend
 from datasets.evaluators import CocoEvaluator
-from util.bench_common import add_flags, check_least, markdown_table
+from ops.benchmark_record import compared, record
+from util.bench_common import add_flags, check_least, check_output, markdown_table
 from util.environment import environment, prepare_output_dir
 from util.errors import UserError
 from util.structures import Detections, Target
@@ -186,7 +187,8 @@ def get_parser() -> argparse.ArgumentParser:
         ("--repeats", number, 3, "evaluations with each of them, default 3"),
         ("--threads", number, 0, "threads of hotcoco; default 0: as many as there are processors"),
         ("--seed", number, 0, "of objects and detections, default 0"),
-        ("--output_dir", {}, "", "folder for all numbers; empty: save nothing"),
+        ("--output", {}, "", "JSON file for all numbers; empty: none"),
+        ("--output_dir", {}, "", "folder for all numbers and the table; empty: none"),
     )
     return parser
 
@@ -210,7 +212,18 @@ def installed(names: Sequence[str] | None) -> list[str]:
     return sorted(dict.fromkeys(chosen), key=lambda name: name != REFERENCE)
 
 
-def run(own: Namespace) -> tuple[str, dict[str, Any]]:
+def figures(times: dict[str, Times], own: Namespace) -> list[dict[str, Any]]:
+    """Return seconds of the processor for `update` and `remaining`, of pycocotools beside each other package."""
+    spent = {name: [sum(stages) for stages in zip(t["update_cpu"], t["remaining_cpu"])] for name, t in times.items()}
+    case = {name: getattr(own, name) for name in ("images", "detections", "objects", "classes")}
+    return [
+        compared("eval", case, spent[REFERENCE], seconds, way=name)
+        for name, seconds in spent.items()
+        if REFERENCE in spent and name != REFERENCE
+    ]
+
+
+def run(own: Namespace, facts: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Measure; return the report as markdown, and all numbers."""
     check_least(own, {"images": 1, "detections": 0, "topk": 1, "classes": 1, "batch_size": 1, "repeats": 1})
     check_least(own, {"threads": 0, "objects": 0, "seed": 0})
@@ -220,10 +233,10 @@ def run(own: Namespace) -> tuple[str, dict[str, Any]]:
     truth = draw_truth(own.images, own.objects, own.classes, own.seed)
     batches = draw_detections(truth, own.detections, own.batch_size, own.seed)
     times, results = measure(truth, batches, names, topk=own.topk, repeats=own.repeats)
-    where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors"
+    where = f"{facts['machine']['processor']}, {facts['machine']['cores']} processors"
     versions = ", ".join(f"{name} {version(name)}" for name in (*names, "numpy", "torch"))
     report = (
-        f"{where}; Python {platform.python_version()}, {versions}; {own.images} images with "
+        f"{where}; Python {facts['versions']['python']}, {versions}; {own.images} images with "
         f"{len(truth.coco.anns)} objects of {own.classes} classes and {own.detections} detections each, in batches of "
         f"{own.batch_size}; medians of {own.repeats}\n\n{table(times, results)}\n"
     )
@@ -232,19 +245,22 @@ def run(own: Namespace) -> tuple[str, dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, or 2 after a mistake of the user."""
-    own = get_parser().parse_args(argv)
+    own, facts = get_parser().parse_args(argv), record()
     try:
+        check_output(own.output)
         folder = prepare_output_dir(own.output_dir)
-        report, numbers = run(own)
+        report, numbers = run(own, facts)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report)
-    if folder is None:
-        print("nothing was saved: there is no --output_dir")
-        return 0
-    content = {"environment": environment(), "benchmark": vars(own), **numbers}
-    (folder / "bench_eval.md").write_text(report)
-    (folder / "bench_eval.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"saved as {folder / 'bench_eval.md'} and {folder / 'bench_eval.json'}")
+    content = {**facts, "environment": environment(), "benchmark": vars(own), **numbers}
+    content["figures"] = figures(numbers["seconds"], own)
+    files = [Path(own.output)] if own.output else []
+    if folder is not None:
+        (folder / "bench_eval.md").write_text(report)
+        files.append(folder / "bench_eval.json")
+    for file in files:
+        file.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"saved as {' and '.join(map(str, files))}" if files else "nothing was saved: there is no --output")
     return 0

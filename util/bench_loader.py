@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -40,6 +39,7 @@ from datasets.base import mixed_seed
 from datasets.collate import collate
 from datasets.decode import decode_rgb
 from datasets.transforms import Image
+from ops.benchmark_record import compared, cpu_name, record
 from util.args import get_args_parser
 from util.bench_common import check_least, markdown_table, ratio
 from util.environment import environment
@@ -224,7 +224,7 @@ def run(own: Namespace, args: Namespace) -> dict:
         f"{len(files)} JPEGs of {sum(map(len, files)) / len(files) / 1000:.0f} kB "
         f"({own.data or '640 x 480, made on the spot'}), batches of {own.batch_size}, augmentation {args.augment}, "
         f"shorter sides {min(args.train_scales)} to {max(args.train_scales)}, at most {args.max_size}; one thread of "
-        f"{processor()}; medians of {own.repeats} repetitions, in brackets their range\n\n{table(samples)}\n"
+        f"{cpu_name()}; medians of {own.repeats} repetitions, in brackets their range\n\n{table(samples)}\n"
     )
     print(
         f"pixels differ by {found['grey_levels']:.2f} grey levels at most, {found['mean_grey_levels']:.3f} on average; "
@@ -234,19 +234,17 @@ def run(own: Namespace, args: Namespace) -> dict:
     return {"images": len(files), **found, "ms": samples}
 
 
-def processor() -> str:
-    """Return the name of the processor, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+def figures(result: dict, own: Namespace, args: Namespace) -> list[dict]:
+    """Return the CPU milliseconds per image, medians and ranges."""
+    plain, ours = (result["ms"][way.name]["all"] for way in (PIL_WAY, OUR_WAY))
+    case = {"images": result["images"], "data": Path(own.data).name, "batch": own.batch_size, "augment": args.augment}
+    return [compared("loader", case, plain, ours)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if the ways differ, 2 after a mistake of the user."""
     own, rest = get_parser().parse_known_args(argv)
-    args = get_args_parser().parse_args(rest)
+    args, facts = get_args_parser().parse_args(rest), record()
     try:
         check_least(own, {"images": 1, "batch_size": 1, "repeats": 1})
         result = run(own, args)
@@ -254,7 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if own.output:
-        content = {"environment": environment(), "processor": processor(), "benchmark": vars(own), **result}
+        content = {**facts, "environment": environment(), "benchmark": vars(own), **result}
+        content["figures"] = figures(result, own, args)
         Path(own.output).write_text(json.dumps(content, indent=1) + "\n")
     return 0 if result["same_boxes"] and result["grey_levels"] <= LEVELS + 0.001 else 1
 

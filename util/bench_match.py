@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from models import num_classes
+from ops.benchmark_record import record
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.bench_common import (
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, rest = get_parser().parse_known_args(argv)
     parser = get_args_parser()
     parser.usage = "python -m util.bench_match [flags] [flags of main.py]          --help lists the former"
-    args = parser.parse_args([*MODEL.split(), *rest])
+    args, facts = parser.parse_args([*MODEL.split(), *rest]), record()
     try:
         check(own, args)
         entries = run(own, args)
@@ -307,7 +308,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if own.output:
-        content = {"environment": environment(), "benchmark": vars(own), "args": vars(args), "results": entries}
+        content = {**facts, "environment": environment(), "benchmark": vars(own), "args": vars(args)}
+        content["results"] = entries
         Path(own.output).write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nall numbers are in {own.output}" if own.output else "\nnothing was saved: there is no --output")
     return 0 if all(entry.get("same", True) for entry in entries) else 1

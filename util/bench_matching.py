@@ -35,8 +35,8 @@ from torch import Tensor
 from models.assign import HungarianMatcher, Request
 from models.assign.hungarian import UNMATCHABLE
 from ops.assignment import gpu_solver_ready, host_solver_ready, solve, solve_on_gpu
+from ops.benchmark_record import compared, cpu_name, record
 from util.bench_common import check_least, markdown_table
-from util.bench_loader import processor
 from util.bench_matchers import CLOCKS, Inputs, PublishedMatcher, make_inputs, waiter
 from util.bench_step import repeated
 from util.environment import environment
@@ -153,6 +153,19 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+def figures(results: dict[str, tuple[float, Times]], own: Namespace) -> list[dict[str, Any]]:
+    """Return medians and ranges in ms, one entry per case."""
+    sizes = {"device": own.device, "threads": own.threads, "layers": own.layers}
+    return [
+        compared(
+            "matching",
+            {"name": name, **sizes, "batch": own.batch_size if name.startswith("step") else AT_ONCE},
+            *(times[way] for way in ("published", "ours")),
+        )
+        for name, (_, times) in results.items()
+    ]
+
+
 def get_parser() -> argparse.ArgumentParser:
     """Return the flags of this benchmark."""
     parser = argparse.ArgumentParser(prog="util/benchmark.py matching", description=__doc__.split("\n")[0])
@@ -186,7 +199,7 @@ def run(own: Namespace) -> dict[str, tuple[float, Times]]:
             results[case.name] = (case.apart, measure(case, own, clock))
     solver = "compiled" if host_solver_ready() else "SciPy"
     print(
-        f"{own.device}, {torch.get_num_threads()} thread(s) of {processor()}; our solver: {solver}; {own.batch_size} "
+        f"{own.device}, {torch.get_num_threads()} thread(s) of {cpu_name()}; our solver: {solver}; {own.batch_size} "
         f"images and {own.layers} layers a step, {AT_ONCE} problems in a call of the solver alone; "
         f"{'CPU time' if cpu_time else 'wall clock'}, medians of {own.repeats}, in brackets the range\n\n"
         f"{table(results)}\n"
@@ -197,7 +210,7 @@ def run(own: Namespace) -> dict[str, tuple[float, Times]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if pairs cost more than they must, 2 after a mistake of the user."""
-    own = get_parser().parse_args(argv)
+    own, facts = get_parser().parse_args(argv), record()
     try:
         results = run(own)
     except UserError as error:
@@ -205,7 +218,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if own.output:
         found = {name: {"costs_differ_by": apart, "ms": times} for name, (apart, times) in results.items()}
-        content = {"environment": environment(), "processor": processor(), "benchmark": vars(own), "results": found}
+        content = {**facts, "environment": environment(), "benchmark": vars(own), "figures": figures(results, own)}
+        content["results"] = found
         Path(own.output).write_text(json.dumps(content, indent=1) + "\n")
     bounds = {name: SAME * (100 if name.startswith("step") else 1) for name in results}
     return 0 if all(apart <= bounds[name] for name, (apart, _) in results.items()) else 1

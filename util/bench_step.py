@@ -31,6 +31,7 @@ from torch import Tensor
 from models import build_criterion, num_classes
 from models.criterion import Criterion
 from models.detector import ENCODER_SUPERVISION
+from ops.benchmark_record import record
 from util.arg_rules import BRANCH_ONLY, check_args
 from util.args import get_args_parser
 from util.bench_common import (
@@ -39,6 +40,7 @@ from util.bench_common import (
     Samples,
     add_flags,
     check_least,
+    check_output,
     markdown_table,
     measure,
     medians,
@@ -215,8 +217,7 @@ def check(own: Namespace, args: Namespace) -> None:
         raise UserError(f"{', '.join(changed)}: the plain form knows only the joint, shared branch; leave it out")
     if args.amp == "fp16":
         raise UserError("--amp fp16 needs a loss scale, which is not measured here: use --amp bf16")
-    if own.output and not Path(own.output).resolve().parent.is_dir():
-        raise UserError(f"--output {own.output}: there is no folder {Path(own.output).parent}; make it first")
+    check_output(own.output)
 
 
 def build_forms(own: Namespace, args: Namespace, objects: int, device: torch.device) -> list[Form]:
@@ -252,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, rest = get_parser().parse_known_args(argv)
     parser = get_args_parser()
     parser.usage = "python -m util.bench_step [flags] [flags of main.py]          --help lists the former"
-    args = parser.parse_args([*MODEL.split(), *rest])
+    args, facts = parser.parse_args([*MODEL.split(), *rest]), record()
     try:
         check(own, args)
         entries = run(own, args)
@@ -260,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if own.output:
-        content = {"environment": environment(), "benchmark": vars(own), "args": vars(args), "results": entries}
+        content = {**facts, "environment": environment(), "benchmark": vars(own), "args": vars(args)}
+        content["results"] = entries
         Path(own.output).write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nall numbers are in {own.output}" if own.output else "\nnothing was saved: there is no --output")
     return 0 if all(entry["same"] for entry in entries) else 1

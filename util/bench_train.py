@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ops.benchmark_record import record, shortened, spread
 from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.bench_aux import build_forms, one_step
-from util.bench_common import Form, add_flags, check_least, markdown_table, measure, medians, ratio, start
+from util.bench_common import Form, add_flags, check_least, check_output, markdown_table, measure, medians, ratio, start
 from util.environment import environment
 from util.errors import UserError
 
@@ -66,6 +67,8 @@ def rows_of(own: Namespace, rest: Sequence[str]) -> dict[str, Namespace]:
             plain = ["--backbone_weights", "none", "--output_dir", "", "--num_classes", "91"]
             args = parser.parse_args([*preset_flags(preset), *plain, *rest, *shlex.split(way)])
             check_args(args)
+            if name in rows:
+                raise UserError(f"--presets: two are called {name}; measure them one after the other")
             rows[name] = args
     return rows
 
@@ -143,8 +146,11 @@ def run(own: Namespace, rest: Sequence[str]) -> dict[str, dict[str, Any]]:
         form.name: {
             "ms": found[form.name],
             "range": [min(samples[form.name]["step"]), max(samples[form.name]["step"])],
+            "spread": {part: spread(values) for part, values in samples[form.name].items()},
             "memory": memory[form.name]["all"],
             "attention": attention_share(form, device),
+            "batch": args.batch_size,
+            "device": device.type,
         }
         for form in forms
     }
@@ -158,16 +164,32 @@ def run(own: Namespace, rest: Sequence[str]) -> dict[str, dict[str, Any]]:
     return entries
 
 
+def figures(entries: dict[str, dict[str, Any]], own: Namespace) -> list[dict[str, Any]]:
+    """Return one entry per row: medians of the parts and median and range of the step in ms, memory in bytes."""
+    names = [(preset, way) for preset in own.presets for way in own.compare.split("|")]
+    sizes = {"size": own.size, "objects": own.objects, "repeats": own.repeats, "threads": torch.get_num_threads()}
+    found = []
+    for (preset, way), entry in zip(names, entries.values(), strict=True):
+        case = {"preset": preset.removeprefix("configs/"), "way": " ".join(shlex.split(way)), **sizes}
+        case |= {"batch": entry["batch"], "device": entry["device"]}
+        ms = {part: shortened(entry["ms"][part]) for part in SHOWN}
+        step = {"step": entry["spread"]["step"], "ms": ms, "memory": entry["memory"]}
+        found.append({"kind": "step", "case": case, **step, "attention": shortened(entry["attention"])})
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 2 after a mistake of the user."""
-    own, rest = get_parser().parse_known_args(argv)
+    (own, rest), facts = get_parser().parse_known_args(argv), record()
     try:
+        check_output(own.output)
         entries = run(own, rest)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if own.output:
-        content = {"environment": environment(), "benchmark": vars(own), "flags": list(rest), "results": entries}
+        content = {**facts, "environment": environment(), "benchmark": vars(own), "flags": list(rest)}
+        content |= {"figures": figures(entries, own), "results": entries}
         Path(own.output).write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nall numbers are in {own.output}" if own.output else "\nnothing was saved: there is no --output")
     return 0

@@ -12,6 +12,11 @@ BENCHMARKS = {
     "loader": ("util.bench_loader", "images/s per core of the data loader, beside the way over PIL images"),
     "step": ("util.bench_train", "whole training steps of presets: images/s, memory, and where the time goes"),
     "matching": ("util.bench_matching", "Hungarian matching: the published way against ours, the solver against SciPy"),
+    "all": (
+        "util.bench_all",
+        "every benchmark that README.md quotes, one after the other; goes on where it was cut off",
+    ),
+    "readme": ("util.bench_readme", "write the tables of README.md's section on speed from what `all` measured"),
 }
 
 

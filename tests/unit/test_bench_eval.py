@@ -9,7 +9,7 @@ import pytest
 
 from datasets.eval_backends import BACKENDS, Evaluated
 from tests.unit.eval_cases import packages
-from util.bench_eval import CROWD, difference, draw_detections, draw_truth, main, table
+from util.bench_eval import CROWD, STAGES, difference, draw_detections, draw_truth, main, table
 
 SMALL = "--images 6 --objects 3 --detections 12 --classes 4 --batch_size 4 --repeats 2".split()
 
@@ -62,11 +62,16 @@ def test_the_table_compares_processor_time_with_that_of_pycocotools():
 
 
 def test_every_installed_package_is_measured_and_agrees(tmp_path, capsys):
-    assert main([*SMALL, "--output_dir", str(tmp_path)]) == 0
+    file = tmp_path / "figures.json"
+    assert main([*SMALL, "--output_dir", str(tmp_path), "--output", str(file)]) == 0
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
     available = [name for name in packages() if isinstance(name, str)]
     assert sorted(line[0].removeprefix("| ") for line in lines) == sorted(available)
     saved = json.loads((tmp_path / "bench_eval.json").read_text())
+    assert saved == json.loads(file.read_text())
+    assert sorted(own["way"] for own in saved["figures"]) == sorted({*available} - {"pycocotools"})
+    spent = [a + b for a, b in zip(*(saved["seconds"]["pycocotools"][f"{stage}_cpu"] for stage in STAGES))]
+    assert all(own["plain"][1:] == pytest.approx([min(spent), max(spent)], rel=1e-3) for own in saved["figures"])
     assert all(len(own["update"]) == len(own["remaining_cpu"]) == 2 for own in saved["seconds"].values())
     for name in available:
         assert saved["stats"][name] == pytest.approx(saved["stats"]["pycocotools"], abs=1e-12)

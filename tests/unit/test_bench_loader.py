@@ -28,6 +28,10 @@ def test_both_ways_are_timed_and_their_pixels_compared(tmp_path, capsys):
     for way in ("PIL", "tensors"):
         (parts,) = zip(*(stored["ms"][way][step] for step in bench_loader.STEPS))
         assert stored["ms"][way]["all"] == [pytest.approx(sum(parts))]
+    (figure,) = stored["figures"]
+    assert figure["plain"] == pytest.approx(3 * stored["ms"]["PIL"]["all"], rel=1e-3)
+    assert figure["times_as_fast"][0] == pytest.approx(figure["plain"][0] / figure["ours"][0], rel=2e-3)
+    assert {"processor", "cores", "load", "gpu"} <= stored["machine"].keys() and "torch" in stored["versions"]
     assert stored["ms"]["PIL"]["convert"] > [0] and stored["ms"]["tensors"]["convert"] == [0]
 
 

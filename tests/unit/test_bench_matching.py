@@ -43,7 +43,11 @@ def test_it_runs_by_name_prints_a_table_and_saves_all_numbers(monkeypatch, tmp_p
     assert benchmark(["matching", *SMALL, "--shapes", "trained", "--threads", "0", "--output", str(file)]) == 0
     printed = capsys.readouterr().out
     assert "wall clock" in printed and "| solver: 20 x 3, K = 2, trained |" in printed
-    results = json.loads(file.read_text())["results"]
+    content = json.loads(file.read_text())
+    results = content["results"]
+    assert [figure["case"]["name"] for figure in content["figures"]] == list(results)
+    assert [figure["case"]["batch"] for figure in content["figures"]] == [2, bench_matching.AT_ONCE]
+    assert all(len(set(figure["ours"])) == 1 for figure in content["figures"])  # of one repetition
     assert len(results) == 2 and all(len(found["ms"]["ours"]) == 1 for found in results.values())
 
 

@@ -49,8 +49,22 @@ def test_a_run_prints_and_saves_one_row_per_preset(tmp_path: Path, capsys: pytes
     assert benchmark.main(["step", *flags, "--warmup", "0", "--output", str(output), *SMALL]) == 0
     printed = capsys.readouterr().out
     assert "| two_stage |" in printed and "| two_stage --no_aux_loss |" in printed
-    results = json.loads(output.read_text())["results"]
+    content = json.loads(output.read_text())
+    results = content["results"]
+    assert [figure["case"]["way"] for figure in content["figures"]] == ["", "--no_aux_loss"]
+    for figure, entry in zip(content["figures"], results.values(), strict=True):
+        assert figure["case"]["preset"] == "deformable_detr/two_stage.sh" and figure["case"]["batch"] == 1
+        assert figure["step"] == pytest.approx([entry["ms"]["step"], *entry["range"]], rel=1e-3)
+        assert 0 < figure["ms"]["forward"] < figure["step"][0] and figure["memory"] == entry["memory"]
     assert all(0 < entry["attention"] < 1 and entry["memory"] > 0 for entry in results.values())
+
+
+def test_two_presets_of_one_name_are_refused(tmp_path: Path) -> None:
+    twin = tmp_path / Path(PRESETS[0]).name
+    twin.write_text("exec $LAUNCH main.py --two_stage --with_box_refine\n")
+    own = get_parser().parse_args(["--presets", PRESETS[0], str(twin)])
+    with pytest.raises(UserError, match="two are called two_stage"):
+        rows_of(own, [])
 
 
 def test_presets_with_different_batches_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
