@@ -287,7 +287,7 @@ def _chosen(batches: list[_Batch]) -> Tensor | None:
 def _taught(batch: _Batch, job: _Job) -> Taught:
     """Return the pairs of a job, which count in the stack of its batch, as pairs of its set."""
     own = job.assignment
-    number = torch.tensor(batch.layers, device=own.layer.device)[own.layer]
+    number = torch.tensor(batch.layers).to(own.layer.device, non_blocking=True)[own.layer]
     counted = replace(own, layer=number, slot=own.slot - job.slots.start)
     return Taught(job.name, job.supervision, job.layers, counted)
 

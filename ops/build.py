@@ -181,12 +181,14 @@ def _compile_once(kind: str) -> Path | None:
 
     Loading the same operators from two files would end the process.
     """
-    folder = _cache_folder(kind)
+    folder, begin = _cache_folder(kind), time.time()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / f"{kind}.lock"):
-            path = built_library(kind)
+            path, log = built_library(kind), _log_of(kind, folder)
             if path is None:
+                if log.is_file() and log.stat().st_mtime >= begin:  # another process failed while this one waited
+                    raise BuildError(_in_one_line(log))
                 _compile(kind, folder)
             return path
     except OSError as error:
@@ -212,14 +214,22 @@ def _compile(kind: str, folder: Path) -> None:
                     is_python_module=False,
                 )
         except Exception as error:  # compilers fail in many ways; what matters is that training goes on
-            log = folder / f"{name}.log"
+            log = _log_of(kind, folder)
             log.write_text(str(error))
-            raise BuildError(f"{_first_error(str(error))} (whole output: {log})") from error
+            raise BuildError(_in_one_line(log)) from error
         # Complete libraries only, under the final name: a process killed while linking leaves nothing behind.
         built = next(path for path in Path(scratch).iterdir() if path.suffix in (".so", ".pyd"))
         path = folder / f"{name}{_library_ending()}"
         os.replace(built, path)
     print(f"ops: compiled in {time.perf_counter() - started:.0f} s: {path}", file=sys.stderr, flush=True)
+
+
+def _log_of(kind: str, folder: Path) -> Path:
+    return folder / f"{library_name(kind)}.log"
+
+
+def _in_one_line(log: Path) -> str:
+    return f"{_first_error(log.read_text())} (whole output: {log})"
 
 
 def _cache_folder(kind: str) -> Path:

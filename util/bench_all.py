@@ -171,7 +171,7 @@ def last_line(file: Path) -> str:
 def get_parser() -> argparse.ArgumentParser:
     """Return the flags of this command."""
     parser = argparse.ArgumentParser(prog="util/benchmark.py all", description=__doc__.split("\n")[0])
-    parser.add_argument("--output", required=True, help="folder for all files, one folder for each machine")
+    parser.add_argument("--output", default="", help="folder for all files, one folder for each machine")
     parser.add_argument("--device", default="cpu", choices=list(BY_DEVICE), help="which list of benchmarks")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these")
     parser.add_argument("--again", action="store_true", help="also those that are done")
@@ -217,6 +217,8 @@ def main(argv: Sequence[str] | None = None, table: Mapping[str, Benchmark] | Non
     """
     own = get_parser().parse_args(argv)
     try:
+        if not own.output and not own.list:
+            raise UserError("--output is missing: give a folder for this machine, such as configs/speed/cpu")
         table = chosen(own, commands(own.device, quick=own.quick) if table is None else table)
         folder = Path(own.output) if own.list else prepare_output_dir(own.output)
     except UserError as error:

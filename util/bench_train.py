@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -42,7 +43,8 @@ PRESETS = [
 ]
 SHOWN = {"forward": "forward", "criterion": "losses", "matching": "of it matching", "backward": "backward"}
 SHOWN |= {"update": "optimiser"}
-OPERATOR = "ms_deform_attn"
+# Deformable attention in a profile: the operators, those of the compiled library that they call, and CUDA kernels.
+ATTENTION = re.compile(r"ms_deform_attn|assigndetr_ext::(forward|backward)|assigndetr::(fast_|generic_|fixed_)")
 
 
 def preset_flags(preset: str) -> list[str]:
@@ -82,7 +84,7 @@ def attention_share(form: Form, device: torch.device) -> float:
     whole, own = 0.0, 0.0
     for event in found.key_averages():
         whole += getattr(event, key)
-        own += getattr(event, key) * (OPERATOR in event.key)
+        own += getattr(event, key) * bool(ATTENTION.search(event.key))
     return own / whole if whole else 0.0
 
 

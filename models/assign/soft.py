@@ -98,7 +98,7 @@ class SoftMatcher(nn.Module):
         options: see there.
         epochs: length of the training, to which shares refer.
         proposals: of the encoder's tokens, so many best ones are probed; all are background otherwise.
-        teacher: Hungarian matching, needed for the warm-up `teacher`, which waits for the device.
+        teacher: Hungarian matching, needed for the warm-up `teacher`.
     """
 
     def __init__(

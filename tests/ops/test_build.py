@@ -4,7 +4,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,27 @@ def test_a_failed_compilation_falls_back_with_the_compilers_own_error_on_one_lin
     logs = list((project / "cache").rglob("*.log"))
     assert len(logs) == 1 and str(logs[0]) in errors[1] and "broken on purpose" in logs[0].read_text()
     assert libraries(project) == []
+
+
+@pytest.mark.parametrize("meanwhile", [True, False])
+def test_who_waited_for_a_compilation_that_failed_does_not_repeat_it(tmp_path, monkeypatch, meanwhile):
+    log = tmp_path / "assigndetr_ops" / f"{build.library_name('cpu')}.log"
+    log.parent.mkdir()
+
+    @contextmanager
+    def wait(path):
+        log.write_text("x.cpp:1: error: out of luck\n")
+        os.utime(log, (time.time() + (1 if meanwhile else -1000),) * 2)
+        yield
+
+    tried = []
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "built_library", lambda kind: None)
+    monkeypatch.setattr(build, "_locked", wait)
+    monkeypatch.setattr(build, "_compile", lambda kind, folder: tried.append(kind))
+    with pytest.raises(build.BuildError, match=r"out of luck.*\.log") if meanwhile else nullcontext():
+        build.load("cpu")
+    assert tried == ([] if meanwhile else ["cpu"])
 
 
 def test_only_the_first_process_of_a_machine_reports_the_fallback(project):

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import ops
 from tests.tiny import TINY, TWO_STAGE
-from util import benchmark
+from util import bench_train, benchmark
 from util.bench_train import PRESETS, get_parser, main, preset_flags, rows_of, table
 from util.errors import UserError
 
@@ -41,6 +43,27 @@ def test_the_table_gives_images_per_second_and_shares_of_the_step() -> None:
     lines = table({"a": one, "b": slow}, batch=2).splitlines()
     assert lines[2] == "| a | 4.00 | 500 (400 to 600) | 1.00 | 50% | 10% | 1% | 30% | 10% | 25% | 1.00 |"
     assert lines[3].startswith("| b | 2.00 | 1000 (400 to 600) | 2.00 |")
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_share_of_attention_is_that_of_the_compiled_code_too(monkeypatch: pytest.MonkeyPatch, fused: bool) -> None:
+    if ops.active_backend("cpu") != "cpu":
+        pytest.skip("no compiled kernel here")
+    layer, query = ops.MSDeformAttn(64, 1, 8, 4), torch.zeros(1, 20000, 64)
+    reference, memory = torch.rand(1, 20000, 1, 2), torch.zeros(1, 4, 64)
+
+    def step(form) -> None:  # the rest are few linear layers
+        for _ in range(2):
+            layer(query, reference, memory, [(2, 2)]).sum().backward()
+
+    monkeypatch.setattr(bench_train, "one_step", step)
+    ops.set_fused(fused)
+    try:
+        assert bench_train.attention_share(None, torch.device("cpu")) > 0.1
+        monkeypatch.setattr(bench_train, "one_step", lambda form: memory.square().sum())
+        assert bench_train.attention_share(None, torch.device("cpu")) == 0
+    finally:
+        ops.set_fused(True)
 
 
 def test_a_run_prints_and_saves_one_row_per_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
