@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 2)
               by_weight += at.weight[k] * product;
               by_x += at.slope_x[k] * product;
               by_y += at.slope_y[k] * product;
-              sums.add(cell, a * at.weight[k] * g, scale);
+              Sums::add(sums.to + cell, a * at.weight[k] * g, scale);
             }
           }
         }
