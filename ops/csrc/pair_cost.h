@@ -1,4 +1,4 @@
-// What it costs to give a target to a slot: focal class cost, L1 and generalised IoU (DETR, section 3.1; Deformable-DETR).
+// What it costs to give a target to a slot: focal class cost, L1, generalised IoU (DETR, section 3.1; Deformable-DETR).
 // In float32, in the order of operations of models/assign/costs.py. Shared by CPU and CUDA; nothing of PyTorch in here.
 #pragma once
 
