@@ -1,9 +1,9 @@
 // The fast CUDA kernels: heads of 8, 16, 24, ... 128 channels; values in float32, float16 or bfloat16, everything else
 // in float32. cuda_layout.h says which lane computes what.
 //
-// What limits them is how many instructions a multiprocessor issues. For a query of 8 heads of 32 channels, 4 levels and
-// 4 points a warp issues about 2070 of them forward in bfloat16 (1790 in float32) and 4240 (3700) backward, counted in
-// the code that nvcc 13.0 makes for sm_90.
+// What limits them is how many instructions a multiprocessor issues. For a query of 8 heads of 32 channels, 4 levels
+// and 4 points a warp issues about 2070 of them forward in bfloat16 (1790 in float32) and 4240 (3700) backward, counted
+// in the code that nvcc 13.0 makes for sm_90.
 #pragma once
 
 #include "cuda_source.h"

@@ -40,7 +40,8 @@ ASSIGNDETR_HD void widen(const Vec<T, count>& vector, float (&numbers)[count]) {
   }
 }
 
-// bfloat16 is the upper half of float32. Taken out of a word in pairs each costs one instruction; alone, odd ones cost two.
+// bfloat16 is the upper half of float32. Taken out of a word in pairs each costs one instruction; alone, odd ones cost
+// two.
 template <int count>
 ASSIGNDETR_HD void widen(const Vec<c10::BFloat16, count>& vector, float (&numbers)[count]) {
 #pragma unroll

@@ -26,8 +26,8 @@ struct CostSizes {
   int64_t box_layer, box_image, box_slot, box_number;
 };
 
-// exp and log that compilers turn into vector code, within some units of the last place of the true ones (polynomials of
-// Cephes). Arguments that are not numbers give anything: class_cost() multiplies by another one that is none then.
+// exp and log that compilers turn into vector code, within some units of the last place of the true ones (polynomials
+// of Cephes). Arguments that are not numbers give anything: class_cost() multiplies by another one that is none then.
 struct VectorMath {
   static ASSIGNDETR_HD float exp(float x) {
     x = x > 88.3762626647950f ? 88.3762626647950f : x;
