@@ -138,8 +138,13 @@ class NonFiniteGuard:
         self._look_at_answers(0)
 
     def _look_at_answers(self, most: int) -> None:
-        """Look at those that have come, and wait for the oldest while there are more than `most`."""
-        while self._pending and (len(self._pending) > most or self._pending[0].ready()):
+        """Look at those that have come, and wait for the oldest while there are more than `most`.
+
+        Of several processes each looks at a given answer in the same step, whenever it came: too many bad ones end them
+        all at once. One that ended before the others would leave them waiting for it.
+        """
+        early = not dist.is_distributed()
+        while self._pending and (len(self._pending) > most or (early and self._pending[0].ready())):
             self._pending.popleft().look()
 
     def _tell(self, report: LossReport, images: ImageBatch, targets: list[Target], epoch: int, step: int) -> None:

@@ -110,6 +110,22 @@ def test_too_many_in_a_row_stop_at_the_latest_a_few_steps_after(late: bool, monk
     assert run.state.model.slope.isfinite()
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_several_processes_look_at_an_answer_in_the_same_step_whenever_it_came(early: bool, monkeypatch) -> None:
+    monkeypatch.setattr(nonfinite.dist, "is_distributed", lambda: True)
+    monkeypatch.setattr(nonfinite.dist, "everywhere", lambda flag: flag)
+    monkeypatch.setattr(nonfinite._Answer, "ready", lambda self: early)
+    run = Run(deferred=True, limit=1)
+    guard, losses = run.guard, TrainStep(run.state.model, run.state.criterion)
+    images, targets = BAD_LOSS
+    report, told = losses(images, targets, 0, 0.0), 0
+    with pytest.raises(UserError, match="1 non-finite losses in a row"):
+        for step in range(20):
+            guard.loss_is_finite(report, images, targets, epoch=0, step=step)
+            told += 1
+    assert told == nonfinite.LATEST + 1
+
+
 def test_fp16_leaves_out_the_same_steps() -> None:
     found = []
     for deferred in (False, True):
