@@ -42,6 +42,7 @@ from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard, skips_on_device
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
 from util.rng import seed_everything
+from util.stored_flags import with_flags_of
 from util.told_flags import on_eval
 from util.train_state import TrainState
 
@@ -51,7 +52,7 @@ __all__ = ["get_args_parser", "main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return 0, 1 if a test failed, 2 after what the user can mend, 130 after Ctrl-C."""
     args = get_args_parser().parse_args(argv)
-    if args.infer:
+    if args.infer or args.eval or args.analyse:
         args.given_flags = given_flags(get_args_parser(), argv)  # only what was given wins over the checkpoint
     try:
         check_args(args)
@@ -84,6 +85,8 @@ def run(args: Namespace) -> int | None:
         raise UserError(f"--ops_backend {args.ops_backend}: {error}") from error
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     checkpoint, name = open_checkpoint(args, output_dir)
+    if (given := vars(args).pop("given_flags", None)) is not None and checkpoint is not None:
+        args = with_flags_of(args, given, checkpoint, name)
 
     train_set = None if args.eval or args.analyse else build_dataset("train", args)
     val_set = build_dataset("val", args)

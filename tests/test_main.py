@@ -88,6 +88,19 @@ def test_the_best_file_has_the_better_weights_and_evaluates(trained, tmp_path):
     assert not {"log.txt", "args.json"} & names  # the record of a training run in this folder stays
 
 
+def test_an_evaluation_needs_no_flag_of_the_model(trained, tmp_path, capsys):
+    what = f"--eval --resume {trained}/checkpoint.pth"
+    assert run(tmp_path / "given", what) == 0
+    data = "--device cpu --dataset_file synthetic --synthetic_val 5 --synthetic_size 64 64 --test_size 0 --draw 0"
+    assert main.main(f"{data} --num_workers 0 --no-eval_curves {what} --output_dir {tmp_path}".split()) == 0
+    assert f"from {trained}/checkpoint.pth: --hidden_dim 32" in capsys.readouterr().out
+    folders = (tmp_path, tmp_path / "given")
+    found, expected = (json.loads((folder / "eval/stats.json").read_text()) for folder in folders)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=1e-5)
+    assert json.loads((tmp_path / "eval_args.json").read_text())["hidden_dim"] == 32
+
+
 def test_the_start_tells_device_data_and_the_difference_to_the_recipe(tmp_path, capsys):
     assert run("", "--epochs 1 --grad_accum_steps 2") == 0
     text = capsys.readouterr().out

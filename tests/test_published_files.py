@@ -19,6 +19,7 @@ from tests.golden import case
 from tests.mmdet_file import mmdet_file, mmdet_state
 from tests.test_configs import flags_of, parsed
 from tests.tiny import TINY
+from tests.unit.infer_cases import published
 from util.checkpoint import load_weights
 
 # Published file (drawn weights under its names and shapes) and the preset that evaluates it.
@@ -67,14 +68,14 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_published_file_evaluates_with_its_preset(name: str, coco_folder: Path, tmp_path: Path) -> None:
     meta = json.loads((CASES / f"{name}.json").read_text())
     state = case.checkpoint(meta)
-    published = {
+    content = {
         "model": state,
         "optimizer": {},
         "lr_scheduler": {},
         "epoch": 49,
         "args": Namespace(lr=2e-4, eval=False),
     }
-    torch.save(published, tmp_path / "published.pth")
+    torch.save(content, tmp_path / "published.pth")
     queries = str(meta["flags"].get("num_queries_one2one", meta["flags"].get("num_queries", 300)))
     _evaluates(FILES[name], coco_folder, tmp_path, "--num_queries", queries, classes=meta["num_classes"])
 
@@ -88,12 +89,25 @@ def test_released_file_of_dab_and_dino_evaluates_with_its_preset(name: str, coco
     _evaluates(RELEASED[name], coco_folder, tmp_path, classes=len(state["class_embed.0.bias"]))
 
 
-def _evaluates(preset: str, coco_folder: Path, tmp_path: Path, *more: str, classes: int) -> None:
-    """Evaluate `published.pth` with a preset and compare the written results with those of the model itself."""
+@pytest.mark.parametrize("name", ["ddetr_single_scale_dc5", "ddetr_two_stage"])
+def test_a_published_file_with_its_arguments_evaluates_without_a_preset(
+    name, coco_folder: Path, tmp_path: Path
+) -> None:
+    meta = json.loads((CASES / f"{name}.json").read_text())
+    args = published(**meta["flags"] | {"num_queries": 300})
+    torch.save({"model": case.checkpoint(meta), "args": args}, tmp_path / "published.pth")
+    _evaluates(FILES[name], coco_folder, tmp_path, classes=meta["num_classes"], given=False)
+
+
+def _evaluates(preset: str, coco_folder: Path, tmp_path: Path, *more: str, classes: int, given: bool = True) -> None:
+    """Evaluate `published.pth` and compare the written results with those of the model that the preset describes.
+
+    `given`: the preset stands on the command line.
+    """
     data = ["--coco_path", str(coco_folder), "--test_size", "96", "--device", "cpu", "--num_workers", "0"]
     file = ["--eval", "--resume", str(tmp_path / "published.pth"), "--output_dir", str(tmp_path / "out")]
     flags = flags_of(ROOT / "configs" / f"{preset}.sh", *more, *data, *file)
-    assert main.main(flags) == 0
+    assert main.main(flags if given else [*data, *file]) == 0
 
     args = parsed([*flags, "--backbone_weights", "none", "--num_classes", str(classes)])
     model, _, postprocessor = build_model(args)

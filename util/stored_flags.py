@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from models import build_detector
+from util import dist
+from util.arg_rules import check_args
 from util.args import get_args_parser
 from util.checkpoint import load_weights, native_weights, stored_args
 from util.errors import UserError
 from util.misfit import describe
+from util.told_flags import DETECTION, spelt
 
 # What a published file has to say at least; names and shapes of its weights say the rest.
 NEEDED = ("nheads", "enc_layers", "dec_layers", "hidden_dim")
@@ -65,6 +68,33 @@ def flags_of(content: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Names
     if facts["query_pos"] == "box" and facts["two_stage"]:  # files of DAB hold such a number too, and do not use it
         flags |= {"pe_temperature": stored.get("pe_temperatureH", 20), "pe_half_cell": False}
     return Namespace(**flags)
+
+
+def with_flags_of(args: Namespace, given: Container[str], content: Mapping[str, Any], name: str) -> Namespace:
+    """Return `args` with those flags of the detector that were not given as the checkpoint `name` has them.
+
+    So `--eval --resume FILE` needs none of them. What was given stays: where it does not fit, loading says so. Says
+    which flags it took. The number of classes is left to the data.
+
+    Args:
+        given: names of the flags that stand on the command line.
+        content: of the checkpoint.
+
+    Raises:
+        UserError: a given flag cannot be combined with those of the file.
+    """
+    flags = flags_of(content, native_weights(content, name))
+    if flags is None:
+        return args
+    wanted = dict.fromkeys((*MODEL_FLAGS, *DETECTION))  # in this order, each once
+    del wanted["num_classes"]
+    now = vars(args)
+    taken = {flag: getattr(flags, flag) for flag in wanted if flag not in given and getattr(flags, flag) != now[flag]}
+    if taken:
+        dist.info(f"from {name}: {' '.join(spelt(flag, value) for flag, value in taken.items())}")
+    args = Namespace(**now | taken)
+    check_args(args)
+    return args
 
 
 def build_trained(

@@ -41,13 +41,15 @@ def on_eval(stored: Mapping[str, Any], given: Mapping[str, Any], name: str) -> l
         if flag == "lsj_size" and given["augment"] != "lsj":
             continue
         said.append(
-            f"warning: {name} was trained with {_spelt(flag, old)}, now it is {_spelt(flag, new)}: its detections will "
+            f"warning: {name} was trained with {spelt(flag, old)}, now it is {spelt(flag, new)}: its detections will "
             "differ from those of its training"
         )
     return said
 
 
-def _spelt(flag: str, value: Any) -> str:
+def spelt(flag: str, value: Any) -> str:
+    """Return a flag with its value as one types it."""
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {value}"
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return " ".join([f"--{flag}", *map(str, words)])

@@ -13,8 +13,11 @@ from tests.conftest import CASES, ROOT
 from tests.test_configs import flags_of as flags_of_preset
 from tests.test_configs import parsed
 from tests.unit.infer_cases import published
+from util.args import get_args_parser
 from util.convert import to_native
-from util.stored_flags import MODEL_FLAGS, flags_of
+from util.errors import UserError
+from util.infer_args import given_flags
+from util.stored_flags import MODEL_FLAGS, flags_of, with_flags_of
 
 # Golden case with the names and shapes of a published file, and the preset that evaluates it.
 FILES = {
@@ -79,3 +82,35 @@ def test_a_file_that_says_too_little_gives_no_flags() -> None:
 def test_our_files_give_their_flags_and_unknown_ones_are_left_out() -> None:
     found = flags_of({"format": 1, "args": {"hidden_dim": 64, "flag_of_a_fork": 3}}, {})
     assert found.hidden_dim == 64 and found.nheads == 8 and not hasattr(found, "flag_of_a_fork")
+
+
+def taken(words: str, content: dict, capsys: pytest.CaptureFixture[str]) -> tuple[Namespace, str]:
+    parser = get_args_parser()
+    content = content | {"model": {"transformer.level_embed": torch.zeros(4, 64)}}
+    args = with_flags_of(parser.parse_args(words.split()), given_flags(parser, words.split()), content, "x.pth")
+    return args, capsys.readouterr().out
+
+
+def test_an_evaluation_takes_the_flags_of_the_model_that_were_not_given_from_the_file(capsys) -> None:
+    stored = {"hidden_dim": 64, "nheads": 4, "two_stage": True, "with_box_refine": True, "num_classes": 7, "lr": 1.0}
+    args, said = taken("--eval --resume x.pth --nheads 2", {"format": 1, "args": stored}, capsys)
+    assert (args.hidden_dim, args.nheads, args.two_stage, args.with_box_refine) == (64, 2, True, True)
+    assert args.num_classes is None and args.lr == 2e-4  # the data's, and none of the detector's
+    assert said == "from x.pth: --two_stage --with_box_refine --hidden_dim 64\n"
+
+
+def test_nothing_is_said_where_the_command_line_says_the_same(capsys) -> None:
+    content = {"format": 1, "args": {"hidden_dim": 64}}
+    args, said = taken("--eval --resume x.pth --hidden_dim 64", content, capsys)
+    assert args.hidden_dim == 64 and said == ""
+
+
+def test_given_flags_that_the_model_of_the_file_cannot_have_are_refused(capsys) -> None:
+    content = {"format": 1, "args": {"two_stage": True, "with_box_refine": True}}
+    with pytest.raises(UserError, match="two_stage"):
+        taken("--eval --resume x.pth --no-with_box_refine", content, capsys)
+
+
+def test_a_file_that_says_too_little_leaves_the_command_line_as_it_is(capsys) -> None:
+    args, said = taken("--eval --resume x.pth", {}, capsys)
+    assert vars(args) == vars(get_args_parser().parse_args("--eval --resume x.pth".split())) and said == ""
