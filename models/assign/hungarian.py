@@ -97,7 +97,7 @@ class HungarianMatcher:
             return pair_costs(
                 predictions.logits,
                 predictions.boxes,
-                targets.labels,
+                targets.labels.long(),  # plain indexing takes int32 too
                 targets.boxes.float(),
                 targets.image,
                 class_weight=self.cost_class,

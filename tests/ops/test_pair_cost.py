@@ -159,10 +159,12 @@ def test_the_operator_fits_its_schema_and_its_shape_function() -> None:
     )
 
 
-def test_the_matcher_has_the_same_costs_without_compiled_code() -> None:
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32])
+def test_the_matcher_has_the_same_costs_without_compiled_code(integers: torch.dtype) -> None:
     logits, boxes, labels, own, _ = draw(batch=2, slots=20)
     parts = (slice(0, 1), slice(1, 4))
     flat = FlatTargets.of([make_target(own[part].tolist(), labels[part].tolist()) for part in parts])
+    flat.labels = flat.labels.to(integers)
     found = HungarianMatcher().costs(Predictions(logits, boxes), flat)
     set_backend("reference")
     try:
