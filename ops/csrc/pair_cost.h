@@ -32,7 +32,7 @@ struct VectorMath {
   static ASSIGNDETR_HD float exp(float x) {
     x = x > 88.3762626647950f ? 88.3762626647950f : x;
     x = x < -87.3f ? -87.3f : x;
-    const float turns = x * 1.44269504088896341f;
+    const float turns = x == x ? x * 1.44269504088896341f : 0.0f;  // no integer stands for NaN
     const int32_t whole = static_cast<int32_t>(turns + (turns < 0 ? -0.5f : 0.5f));
     const float n = static_cast<float>(whole);
     x = x - n * 0.693359375f;
