@@ -1,11 +1,12 @@
 // The cheapest assignment of slots to targets that may take several each, on the GPU: one block of threads per problem,
-// all problems in at most two launches, and the host never asks for a number. No PyTorch here, so that tests can compile
-// and run the kernel alone.
+// all problems in at most two launches, and the host never asks for a number. No PyTorch here, so that tests can
+// compile and run the kernel alone.
 //
 // Shortest augmenting paths with prices, as in assignment.h, with the columns shared out over the threads of a block: a
 // thread keeps to its own columns, and only the nearest column of a search is found together. Equal distances are
-// decided as there: a column without owner first, then the lowest number. So the pairs are always the same. Columns that
-// no optimum needs are left out before (cuda_columns.h), and where few remain one warp searches on: it needs no barrier.
+// decided as there: a column without owner first, then the lowest number. So the pairs are always the same. Columns
+// that no optimum needs are left out before (cuda_columns.h), and where few remain one warp searches on: it needs no
+// barrier.
 //
 // The includer defines ASSIGNDETR_LAUNCH_BLOCKS(kernel, blocks, threads, bytes, stream), which launches with `bytes` of
 // shared memory, and ASSIGNDETR_SHARED(name), which declares that memory.

@@ -1,5 +1,5 @@
-// What a problem of cuda_assignment.h looks like to the threads that solve it, and how they leave out the columns that no
-// cheapest assignment needs. No PyTorch here.
+// What a problem of cuda_assignment.h looks like to the threads that solve it, and how they leave out the columns that
+// no cheapest assignment needs. No PyTorch here.
 #pragma once
 
 #include <cfloat>
@@ -89,8 +89,9 @@ __device__ __forceinline__ int sum_of_warp(int number) {
   return number;
 }
 
-// Leaves out the columns that are not among the rows * repeat cheapest of any row. Fewer than that are taken while a row
-// looks for another one, so one that costs it no more is always free among those. All threads of the block come here.
+// Leaves out the columns that are not among the rows * repeat cheapest of any row. Fewer than that are taken while a
+// row looks for another one, so one that costs it no more is always free among those. All threads of the block come
+// here.
 template <int kWarps>
 struct ColumnDropper {
   static constexpr int kBlock = kWarps * kWarp;

@@ -1,5 +1,5 @@
-// The costs of all pairs of targets and slots of their images, on the GPU: one thread per pair, one launch for all images
-// and layers. No PyTorch here, so that tests can compile and run the kernel alone.
+// The costs of all pairs of targets and slots of their images, on the GPU: one thread per pair, one launch for all
+// images and layers. No PyTorch here, so that tests can compile and run the kernel alone.
 //
 // The includer defines ASSIGNDETR_ASSERT(condition) for the device and ASSIGNDETR_LAUNCH(kernel, grid, stream).
 #pragma once

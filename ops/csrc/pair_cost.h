@@ -1,5 +1,6 @@
-// What it costs to give a target to a slot: focal class cost, L1 and generalised IoU (DETR, section 3.1; Deformable-DETR).
-// In float32, in the order of operations of models/assign/costs.py. Shared by CPU and CUDA; nothing of PyTorch in here.
+// What it costs to give a target to a slot: focal class cost, L1 and generalised IoU (DETR, section 3.1;
+// Deformable-DETR). In float32, in the order of operations of models/assign/costs.py. Shared by CPU and CUDA; nothing
+// of PyTorch in here.
 #pragma once
 
 #include <cmath>
@@ -26,8 +27,8 @@ struct CostSizes {
   int64_t box_layer, box_image, box_slot, box_number;
 };
 
-// exp and log that compilers turn into vector code, within some units of the last place of the true ones (polynomials of
-// Cephes). Arguments that are not numbers give anything: class_cost() multiplies by another one that is none then.
+// exp and log that compilers turn into vector code, within some units of the last place of the true ones (polynomials
+// of Cephes). Of NaN exp is NaN and log any number, which class_cost() multiplies by NaN.
 struct VectorMath {
   static ASSIGNDETR_HD float exp(float x) {
     x = x > 88.3762626647950f ? 88.3762626647950f : x;
