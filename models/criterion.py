@@ -17,6 +17,7 @@ from models.assign import Assigner, Request
 from models.assign.dense import PaddedTargets
 from models.assign.health import chosen_slots, duplicates
 from models.losses import LossTerm, cardinality_error, class_error
+from ops.transfer import send
 from util.structures import (
     Assignment,
     DetectorOutput,
@@ -247,7 +248,7 @@ class Criterion(nn.Module):
             values[loss_name("class_error", job.name, job.last, job.last)] = scale * error
         copies = job.supervision.copies(job.slots.stop - job.slots.start)
         objects = torch.tensor([size * copies for size in job.targets.sizes])
-        errors = cardinality_error(logits[:, :, job.slots], objects.to(logits.device, non_blocking=True)).unbind()
+        errors = cardinality_error(logits[:, :, job.slots], send(objects, logits.device)).unbind()
         for layer, row in zip(job.layers, batch.rows(job)):
             values[loss_name("cardinality_error", job.name, layer, job.last)] = scale * errors[row]
         if not any(job.targets.sizes):
@@ -287,7 +288,7 @@ def _chosen(batches: list[_Batch]) -> Tensor | None:
 def _taught(batch: _Batch, job: _Job) -> Taught:
     """Return the pairs of a job, which count in the stack of its batch, as pairs of its set."""
     own = job.assignment
-    number = torch.tensor(batch.layers).to(own.layer.device, non_blocking=True)[own.layer]
+    number = send(torch.tensor(batch.layers), own.layer.device)[own.layer]
     counted = replace(own, layer=number, slot=own.slot - job.slots.start)
     return Taught(job.name, job.supervision, job.layers, counted)
 
@@ -319,7 +320,7 @@ def _in_stack(assignment: Assignment, batch: _Batch, job: _Job) -> Assignment:
     """Return ready-made pairs, which count in their own set, as pairs that count in the stack."""
     rows, layer = batch.rows(job), assignment.layer
     if rows != list(range(len(rows))):
-        layer = torch.tensor(rows).to(layer.device, non_blocking=True)[layer]
+        layer = send(torch.tensor(rows), layer.device)[layer]
     return replace(assignment, layer=layer, slot=assignment.slot + job.slots.start)
 
 
@@ -355,7 +356,7 @@ def _average_counts(counts: list[float | Tensor], device: torch.device, *, over_
     if not (over_all and dist.is_available() and dist.is_initialized()):
         return [c.clamp(min=1) if isinstance(c, Tensor) else max(c, 1.0) for c in counts]
     # The plain numbers travel in one copy that does not wait for the device.
-    vector = torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts]).to(device, non_blocking=True)
+    vector = send(torch.tensor([0.0 if isinstance(c, Tensor) else c for c in counts]), device)
     for i, count in enumerate(counts):
         if isinstance(count, Tensor):
             vector[i] = count.detach()

@@ -30,8 +30,9 @@ def valid_ratios(paddings: Sequence[Tensor]) -> Tensor:
     ratios = []
     for padding in paddings:
         height, width = padding.shape[1:]
-        # Counted as the float32 numbers they are divided as: PyTorch 2.6 cannot export the quotient of integers.
-        rows, columns = ((~edge).sum(1, dtype=torch.float32) for edge in (padding[:, :, 0], padding[:, 0, :]))
+        # Counted in the type they are divided in: PyTorch 2.6 cannot export the quotient of integers.
+        dtype = torch.get_default_dtype()
+        rows, columns = ((~edge).sum(1, dtype=dtype) for edge in (padding[:, :, 0], padding[:, 0, :]))
         ratios.append(torch.stack([columns / width, rows / height], -1))
     return torch.stack(ratios, 1)
 

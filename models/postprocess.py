@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from ops.transfer import send
 from util.boxes import cxcywh_to_xyxy, pairwise_iou
 from util.structures import Detections, DetectorOutput
 
@@ -96,7 +97,7 @@ class PostProcessor(nn.Module):
         query, labels = index // num_classes, index % num_classes
         corners = cxcywh_to_xyxy(boxes.float()).gather(1, query[..., None].expand(-1, -1, 4))
         scale = torch.tensor([(w, h, w, h) for h, w in orig_sizes], dtype=corners.dtype)
-        scale = scale.to(corners.device, non_blocking=True)[:, None]
+        scale = send(scale, corners.device)[:, None]
         corners = corners * scale
         if self.clip:
             corners = torch.minimum(corners.clamp(min=0), scale)

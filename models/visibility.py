@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ops.transfer import send
 from util.structures import QueryGroup
 
 
@@ -79,7 +80,7 @@ def _visibility(groups: tuple[tuple[str, int, int | None, tuple[str, ...]], ...]
     block_of = torch.cat([torch.arange(size) // (block or max(size, 1)) for _, size, block, _ in groups])
     sees = torch.tensor([[other in seen for other, *_ in groups] for *_, seen in groups])
     # Only these short lists travel; the table of all pairs is made where it is used.
-    group_of, block_of, sees = (values.to(device, non_blocking=True) for values in (group_of, block_of, sees))
+    group_of, block_of, sees = (send(values, device) for values in (group_of, block_of, sees))
     same = (group_of[:, None] == group_of[None]) & (block_of[:, None] == block_of[None])
     return same | sees[group_of[:, None], group_of[None]]
 

@@ -40,7 +40,7 @@ def pair_costs(
 
     The focal class cost, the L1 distance and the negative GIoU of the boxes, weighted and added (DETR, section 3.1).
     Computed in float32 whatever the types; equal pairs cost the same to the bit. A pair that is not finite costs
-    something that is not. Nobody waits for a GPU.
+    something that is not. Nobody waits for a GPU. Ask `pair_costs_ready` first: it loads the code.
 
     Args:
         logits: (L, B, N, C) of L layers; any strides.
@@ -53,9 +53,9 @@ def pair_costs(
         ValueError: if shapes, types or devices do not fit together.
         IndexError: on the CPU, if a label or an image does not exist; a GPU stops with an assertion.
     """
-    return torch.ops.assigndetr.pair_costs(
-        logits.detach(), boxes.detach(), labels, targets, image, class_weight, l1_weight, giou_weight, giou_eps
-    )
+    logits, boxes, targets = logits.detach(), boxes.detach(), targets.detach()
+    numbers = (class_weight, l1_weight, giou_weight, giou_eps)
+    return torch.ops.assigndetr.pair_costs(logits, boxes, labels, targets, image, *numbers)
 
 
 @torch.library.impl(PAIR_COSTS, "default")

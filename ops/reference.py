@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .transfer import send
+
 _FAR_OUTSIDE = 9.0  # in the [-1, 1] convention
 
 
@@ -168,4 +170,4 @@ def _sizes(level_shapes: Sequence[int], like: Tensor) -> Tensor:
     """Return width and height of each level as (levels, 1, 2), with the type and device of `like`."""
     pairs = list(zip(level_shapes[1::2], level_shapes[0::2], strict=True))
     sizes = torch.tensor(pairs, dtype=like.dtype)
-    return sizes.to(like.device, non_blocking=True)[:, None, :]  # a plain copy would wait for the GPU in every layer
+    return send(sizes, like.device)[:, None, :]  # a plain copy would wait for the GPU in every layer

@@ -66,13 +66,14 @@ def read_folder(folder: Path) -> list[Record]:
     """Return the figures of a folder in the order of the table of commands.
 
     Raises:
-        UserError: there are none, they are of a `--quick` run, of several machines, or no figures at all.
+        UserError: there are none, they are of a `--quick` run, of several machines or devices, or no figures at all.
     """
     found: list[Record] = []
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text())
-            facts = (record["machine"]["processor"], record["machine"]["gpu"], record["versions"]["torch"])
+            machine, device = record["machine"], record["device"]
+            facts = (machine["processor"], machine["gpu"], record["versions"]["torch"], device)
             found.append({**record, "path": path, "facts": facts})
             quick = record["quick"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -81,7 +82,7 @@ def read_folder(folder: Path) -> list[Record]:
             raise UserError(f"{path} was measured with --quick, which only tries things out; measure without it")
         if facts != (first := found[0]["facts"]):
             raise UserError(
-                f"{path} was measured on {facts}, {found[0]['path'].name} on {first} (processor, GPU, torch): "
+                f"{path} was measured on {facts}, {found[0]['path'].name} on {first} (processor, GPU, torch, device): "
                 "one folder for each machine; measure with --again, or into another folder"
             )
     if not found:
@@ -95,7 +96,7 @@ def about(folder: Path, records: Sequence[Record]) -> str:
     first = min(records, key=lambda own: own["date"])
     machine, versions = first["machine"], dict(first["versions"])
     on = f"{machine['processor']}, {machine['cores']} cores"
-    if machine["gpu"]:
+    if first["device"] == "cuda":  # figures of a processor are not of the GPU beside it
         on = f"{machine['gpu']}, CUDA {versions.pop('cuda', 'unknown')} (host: {on})"
     names = ", ".join(f"{name} {value}" for name, value in sorted(versions.items(), key=lambda own: own[0] != "torch"))
     days = sorted({own["date"].split()[0] for own in records})

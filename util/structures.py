@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ops.transfer import send
 from util.pixels import normalize
 
 LevelShapes = tuple[tuple[int, int], ...]
@@ -25,7 +26,7 @@ Role = Literal["queries", "proposals"]
 
 def _move(value, device: torch.device | str, non_blocking: bool):
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=non_blocking)
+        return send(value, device) if non_blocking else value.to(device)
     return value
 
 
@@ -110,7 +111,7 @@ class FlatTargets:
         sizes = [len(t) for t in targets]
         image = [i for i, size in enumerate(sizes) for _ in range(size)]
         starts = [0, *accumulate(sizes)][:-1]
-        index = torch.tensor(image + starts, dtype=torch.int64).to(labels.device, non_blocking=True)
+        index = send(torch.tensor(image + starts, dtype=torch.int64), labels.device)
         ids = [t.image_id for t in targets]
         return cls(labels, boxes, *index.split([len(image), len(starts)]), sizes, ids, targets)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from models.assign.costs import ALPHA, EPS, GAMMA, class_cost, giou_cost, l1_cost, probability_cost
 from models.assign.hungarian import COSTS_AT_ONCE, Request
+from ops.transfer import send
 from util.boxes import cxcywh_to_xyxy
 from util.structures import FlatTargets
 
@@ -37,7 +38,7 @@ class PaddedTargets:
         shape, device = (len(flat.sizes), width), flat.labels.device
         row = torch.arange(len(flat.labels), device=device) - flat.starts[flat.image]
         where = (flat.image, row)
-        boxes = torch.tensor(DUMMY_BOX).to(device, non_blocking=True).repeat(*shape, 1)
+        boxes = send(torch.tensor(DUMMY_BOX), device).repeat(*shape, 1)
         return cls(
             labels=flat.labels.new_zeros(shape).index_put(where, flat.labels),
             boxes=boxes.index_put(where, flat.boxes.float()),

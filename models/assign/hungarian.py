@@ -19,6 +19,7 @@ from torch import Tensor
 from models.assign.costs import class_cost, giou_cost, l1_cost
 from ops.assignment import FIELDS, gpu_solver_ready, number_of_pairs, solve, solve_on_gpu
 from ops.pair_cost import pair_costs, pair_costs_ready
+from ops.transfer import send
 from util.boxes import cxcywh_to_xyxy
 from util.structures import Assignment, FlatTargets, Predictions, Supervision
 
@@ -96,7 +97,7 @@ class HungarianMatcher:
             return pair_costs(
                 predictions.logits,
                 predictions.boxes,
-                targets.labels,
+                targets.labels.long(),  # plain indexing takes int32 too
                 targets.boxes.float(),
                 targets.image,
                 class_weight=self.cost_class,
@@ -190,7 +191,7 @@ def _pairs_by_host(costs: Tensor, problems: Sequence[_Problems]) -> Tensor:
 
 def _send(numbers: Tensor, device: torch.device) -> Tensor:
     """Return `numbers` of the host on `device`; a copy from pinned memory waits for nothing."""
-    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+    return send(numbers.pin_memory() if device.type == "cuda" else numbers, device)
 
 
 def match(cost: np.ndarray, *, repeat: int = 1, block: int | None = None) -> tuple[np.ndarray, np.ndarray]:

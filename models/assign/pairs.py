@@ -14,6 +14,7 @@ from torch import Tensor
 
 from models.assign.dense import PaddedTargets, Slots
 from models.assign.hungarian import Request
+from ops.transfer import send
 from util.structures import Assignment
 
 
@@ -63,7 +64,7 @@ def pairs_of_slots(
     """
     device, images = target.device, [i for i, size in enumerate(targets.sizes) if size]
     known = torch.tensor([images, [targets.sizes[i] - 1 for i in images]], dtype=torch.int64)
-    image, last = known.to(device, non_blocking=True)
+    image, last = send(known, device)
     group = _groups(slots.layers, len(targets.sizes), image)
     own = target[group]  # (L, I, N)
     return Pairs(
@@ -82,7 +83,7 @@ def _groups(layers: int, images: int, image: Tensor) -> Tensor:
 
 
 def _layers(request: Request, own: Tensor) -> Tensor:
-    rows = torch.tensor(list(request.rows)).to(own.device, non_blocking=True)
+    rows = send(torch.tensor(list(request.rows)), own.device)
     return rows[:, None, None].expand_as(own).flatten()
 
 

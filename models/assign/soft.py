@@ -20,6 +20,7 @@ from models.assign.health import against_optimum, duplicates, health
 from models.assign.hungarian import HungarianMatcher, Request
 from models.assign.pairs import Pairs, by_block, join_blocks, pairs_of_slots, pairs_of_targets
 from models.assign.probe import LayerwiseProbe, Probe
+from ops.transfer import send
 from util.structures import Assignment
 
 Selection = Literal["colpeak", "rowpeak", "mutual", "rounds"]
@@ -187,7 +188,7 @@ class SoftMatcher(nn.Module):
             kept = self._by_rounds(found) if self._bids(found.request) else self._by_peak(c, valid)
             early = [layer < options.soft_extra_layers for layer in found.request.layers]
             if any(early) and not _of_proposals(found.request):
-                rows = torch.tensor(early).repeat_interleave(found.images).to(c.device, non_blocking=True)
+                rows = send(torch.tensor(early).repeat_interleave(found.images), c.device)
                 found.extra = self._extra(found, kept) & rows[:, None, None]
                 kept = kept | found.extra
         found.kept = kept
@@ -305,7 +306,7 @@ class SoftMatcher(nn.Module):
         (pairs,) = self.teacher([request])
         layers = {row: i for i, row in enumerate(request.rows)}
         layer = torch.tensor([layers.get(row, 0) for row in range(request.predictions.layers)])
-        layer = layer.to(pairs.layer.device, non_blocking=True)[pairs.layer]
+        layer = send(layer, pairs.layer.device)[pairs.layer]
         group = layer * found.images + pairs.image
         taught = found.log_c[group, pairs.target, pairs.slot - request.slots.start]
         return taught.new_zeros(found.slots.layers).index_add(0, layer, -taught)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.module import at_least_float32
+from ops.transfer import send
 
 Shapes = Sequence[tuple[int, int]]
 EPS = 1e-6  # least union and least hull, in square pixels
@@ -71,7 +72,7 @@ class AnchorGrid:
             sizes: (h, w) in pixels of each image; a level has `ceil(size / stride)` usable rows and columns.
         """
         limits = [[(-(-h // s), -(-w // s)) for s in self.strides] for h, w in sizes]  # rounded up
-        limits = torch.tensor(limits).to(device, non_blocking=True)  # (B, levels, 2)
+        limits = send(torch.tensor(limits), device)  # (B, levels, 2)
         masks = []
         for level, (h, w) in enumerate(self._checked(shapes)):
             rows = torch.arange(h, device=device) < limits[:, level, :1]
@@ -101,7 +102,7 @@ def _anchors(grid: AnchorGrid, shapes: tuple[tuple[int, int], ...], device: torc
     levels = []
     for stride, base, (h, w) in zip(grid.strides, grid.base_sizes, shapes):
         width, height = (base * (1 / root) * scales).flatten(), (base * root * scales).flatten()
-        cell = (0.5 * torch.stack([-width, -height, width, height], -1)).to(device, non_blocking=True)
+        cell = send(0.5 * torch.stack([-width, -height, width, height], -1), device)
         y = torch.arange(h, dtype=torch.float32, device=device) * stride
         x = torch.arange(w, dtype=torch.float32, device=device) * stride
         y, x = torch.meshgrid(y, x, indexing="ij")
@@ -143,7 +144,7 @@ class DeltaCoder:
         return boxes if clip is None else clip_boxes(boxes, clip)
 
     def _stds(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.stds, dtype=like.dtype).to(like.device, non_blocking=True)
+        return send(torch.tensor(self.stds, dtype=like.dtype), like.device)
 
 
 def _centre_and_size(boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from ops.transfer import send
 from util.boxes import cxcywh_to_xyxy
 from util.structures import Detections, Target
 
@@ -54,10 +55,10 @@ class Objects:
         labels = torch.zeros(len(targets), most, dtype=torch.int64, device=device)
         boxes = torch.zeros(len(targets), most, 4, device=device)
         for i, (target, (height, width)) in enumerate(zip(targets, sizes)):
-            scale = torch.tensor((width, height, width, height)).to(device, non_blocking=True)
+            scale = send(torch.tensor((width, height, width, height)), device)
             labels[i, : counts[i]] = target.labels
             boxes[i, : counts[i]] = cxcywh_to_xyxy(target.boxes.float()) * scale
-        numbers = torch.tensor(counts).to(device, non_blocking=True)
+        numbers = send(torch.tensor(counts), device)
         return cls(labels, boxes, torch.arange(most, device=device) < numbers[:, None], counts)
 
 

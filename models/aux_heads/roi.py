@@ -16,6 +16,7 @@ from models.aux_heads.base import AuxOutput, Objects, Pyramid, Samples
 from models.aux_heads.rpn import Proposals
 from models.aux_heads.sampling import Sampled, sample
 from ops.module import at_least_float32
+from ops.transfer import send
 from util.structures import Detections
 
 GRID = 7  # cells of a region's feature, per side
@@ -159,7 +160,7 @@ class RoIHead(nn.Module):
         """Return the best detections of each image after NMS per class; waits for the device."""
         logits, deltas, _ = self.classify(pyramid, proposals.boxes)
         scores = logits.softmax(-1)[..., :-1] * proposals.valid[..., None]
-        sizes = torch.tensor(pyramid.sizes).to(deltas.device, non_blocking=True)
+        sizes = send(torch.tensor(pyramid.sizes), deltas.device)
         boxes = self.coder.decode(proposals.boxes[:, :, None], deltas, clip=sizes)
         return [self._best(s, b) for s, b in zip(scores, boxes)]
 

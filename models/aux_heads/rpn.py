@@ -13,6 +13,7 @@ from models.aux_heads.anchors import AnchorGrid, DeltaCoder, assign_max_iou, pai
 from models.aux_heads.base import Objects, Pyramid
 from models.aux_heads.sampling import Sampled, sample
 from ops.module import at_least_float32
+from ops.transfer import send
 
 BOXES_PER_NMS = 2**16  # NMS compares all boxes of a call: its memory grows with their square, here to 512 MiB
 
@@ -147,7 +148,7 @@ class RPN(nn.Module):
     def _by_level(self, values: Tensor, picked: Sampled, pyramid: Pyramid) -> Tensor:
         """Sum `values` (B, S) of sampled anchors by their level, (levels,)."""
         stops = torch.tensor(self.grid.level_counts(pyramid.shapes)).cumsum(0)
-        level = torch.bucketize(picked.index, stops.to(values.device, non_blocking=True), right=True)
+        level = torch.bucketize(picked.index, send(stops, values.device), right=True)
         levels = torch.arange(len(stops), device=values.device)
         return (values[..., None] * (level[..., None] == levels)).sum((0, 1))
 
@@ -160,7 +161,7 @@ class RPN(nn.Module):
         """
         counts = self.grid.level_counts(pyramid.shapes)
         anchors = self.grid.anchors(pyramid.shapes, logits.device)
-        sizes = torch.tensor(pyramid.sizes).to(logits.device, non_blocking=True)
+        sizes = send(torch.tensor(pyramid.sizes), logits.device)
         boxes, scores, levels = [], [], []
         for own, own_logits, own_deltas in zip(anchors.split(counts), logits.split(counts, 1), deltas.split(counts, 1)):
             best, index = own_logits.sigmoid().topk(min(rule.candidates, own_logits.shape[1]), dim=1)

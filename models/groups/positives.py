@@ -18,6 +18,7 @@ from torchvision.ops import box_convert
 from models.aux_heads import sampling
 from models.aux_heads.base import Samples
 from models.position_encoding import sine_embed_boxes
+from ops.transfer import send
 from util.structures import Assignment, QueryGroup, Supervision
 
 Fill = Literal["negatives", "masked"]
@@ -132,7 +133,7 @@ def pairs(chosen: Chosen, layers: int) -> Assignment:
     counts = chosen.counts if chosen.taught else []
     image = [i for i, count in enumerate(counts) for _ in range(count)]
     slot = [s for count in counts for s in range(count)]
-    image_slot = torch.tensor([image, slot], dtype=torch.int64).to(device, non_blocking=True)
+    image_slot = send(torch.tensor([image, slot], dtype=torch.int64), device)
     ignore = None
     if not chosen.taught:
         ignore = torch.ones(layers, *chosen.positive.shape, dtype=torch.bool, device=device)
@@ -213,7 +214,7 @@ class PositiveQueries(nn.Module):
         position where the decoder makes it.
         """
         scale = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=chosen.boxes.dtype)
-        relative = chosen.boxes / scale.to(chosen.boxes.device, non_blocking=True)[:, None]
+        relative = chosen.boxes / send(scale, chosen.boxes.device)[:, None]
         reference = box_convert(relative, "xyxy", "cxcywh")
         embedded = sine_embed_boxes(reference.clamp(BORDER, 1 - BORDER), self.width // 2)
         embedded = self.aux_pos_trans_norm[head](self.aux_pos_trans[head](embedded))

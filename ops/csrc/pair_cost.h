@@ -1,5 +1,6 @@
-// What it costs to give a target to a slot: focal class cost, L1, generalised IoU (DETR, section 3.1; Deformable-DETR).
-// In float32, in the order of operations of models/assign/costs.py. Shared by CPU and CUDA; nothing of PyTorch in here.
+// What it costs to give a target to a slot: focal class cost, L1 and generalised IoU (DETR, section 3.1;
+// Deformable-DETR). In float32, in the order of operations of models/assign/costs.py. Shared by CPU and CUDA; nothing
+// of PyTorch in here.
 #pragma once
 
 #include <cmath>
@@ -27,12 +28,12 @@ struct CostSizes {
 };
 
 // exp and log that compilers turn into vector code, within some units of the last place of the true ones (polynomials
-// of Cephes). Arguments that are not numbers give anything: class_cost() multiplies by another one that is none then.
+// of Cephes). Of NaN exp is NaN and log any number, which class_cost() multiplies by NaN.
 struct VectorMath {
   static ASSIGNDETR_HD float exp(float x) {
     x = x > 88.3762626647950f ? 88.3762626647950f : x;
     x = x < -87.3f ? -87.3f : x;
-    const float turns = x * 1.44269504088896341f;
+    const float turns = x == x ? x * 1.44269504088896341f : 0.0f;  // no integer stands for NaN
     const int32_t whole = static_cast<int32_t>(turns + (turns < 0 ? -0.5f : 0.5f));
     const float n = static_cast<float>(whole);
     x = x - n * 0.693359375f;

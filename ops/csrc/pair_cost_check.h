@@ -19,11 +19,12 @@ inline CostSizes read_cost_sizes(const at::Tensor& logits, const at::Tensor& box
   TORCH_CHECK_VALUE(labels.dim() == 1 && image.sizes() == at::IntArrayRef({count}) &&
                         labels.scalar_type() == at::kLong && image.scalar_type() == at::kLong &&
                         labels.is_contiguous() && image.is_contiguous(),
-                    "labels and image must be contiguous int64 vectors of one length, found ", labels.sizes(), " and ",
-                    image.sizes());
+                    "labels and image must be contiguous int64 vectors of one length, found ", labels.sizes(), " ",
+                    labels.scalar_type(), " and ", image.sizes(), " ", image.scalar_type());
   TORCH_CHECK_VALUE(targets.sizes() == at::IntArrayRef({count, 4}) && targets.scalar_type() == at::kFloat &&
                         targets.is_contiguous(),
-                    "targets must be contiguous float32 boxes (", count, ", 4), found ", targets.sizes());
+                    "targets must be contiguous float32 boxes (", count, ", 4), found ", targets.sizes(), " ",
+                    targets.scalar_type());
   for (const at::Tensor& other : {boxes, labels, targets, image}) {
     TORCH_CHECK_VALUE(other.device() == logits.device(), "all tensors must be on ", logits.device(), ", found one on ",
                       other.device());

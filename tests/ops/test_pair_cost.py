@@ -142,6 +142,19 @@ def test_tensors_that_do_not_fit_together_are_named(number: int) -> None:
         pair_costs(*inputs, **WEIGHTS)
 
 
+@pytest.mark.parametrize(("number", "dtype"), [(2, torch.int32), (3, torch.float64), (4, torch.int16)])
+def test_a_type_that_is_not_taken_is_named(number: int, dtype: torch.dtype) -> None:
+    inputs = list(draw())
+    inputs[number] = inputs[number].to(dtype)
+    with pytest.raises(ValueError, match={2: "Int", 3: "Double", 4: "Short"}[number]):
+        pair_costs(*inputs, **WEIGHTS)
+
+
+def test_costs_have_no_gradient_whatever_has_one() -> None:
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in draw()]
+    assert not pair_costs(*inputs, **WEIGHTS).requires_grad
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     inputs, threads = draw(slots=300, targets=60), torch.get_num_threads()
     try:
@@ -159,10 +172,12 @@ def test_the_operator_fits_its_schema_and_its_shape_function() -> None:
     )
 
 
-def test_the_matcher_has_the_same_costs_without_compiled_code() -> None:
+@pytest.mark.parametrize("integers", [torch.int64, torch.int32])
+def test_the_matcher_has_the_same_costs_without_compiled_code(integers: torch.dtype) -> None:
     logits, boxes, labels, own, _ = draw(batch=2, slots=20)
     parts = (slice(0, 1), slice(1, 4))
     flat = FlatTargets.of([make_target(own[part].tolist(), labels[part].tolist()) for part in parts])
+    flat.labels = flat.labels.to(integers)
     found = HungarianMatcher().costs(Predictions(logits, boxes), flat)
     set_backend("reference")
     try:

@@ -95,6 +95,11 @@ def test_steps_of_one_preset_each_share_a_table_and_its_first_row_is_the_base(fo
     assert "**H200, CUDA unknown (host: Some CPU, 4 cores)**" in found and "what PyTorch allocates" in found
 
 
+def test_figures_of_a_processor_do_not_name_the_gpu_beside_it(folder: Path) -> None:
+    write(folder, "loader", "x.py", [], machine=MACHINE | {"gpu": "H200"}, versions={"torch": "2.9", "cuda": "13.0"})
+    assert section([folder]).startswith("**Some CPU, 4 cores**;") and "H200" not in section([folder])
+
+
 def test_only_the_text_between_the_markers_is_written_and_check_tells_a_difference(
     folder: Path, readme: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -125,6 +130,7 @@ def test_memory_is_told_of_a_layer_that_keeps_less_than_the_other_and_only_with_
         ({"quick": True}, r"b\.json was measured with --quick"),
         ({"machine": MACHINE | {"processor": "Another"}}, r"one folder for each machine"),
         ({"versions": {"torch": "2.6"}}, r"'2\.6'"),
+        ({"device": "cuda"}, r"'cuda'"),
     ],
 )
 def test_figures_that_do_not_belong_into_the_readme_are_refused(folder: Path, more: dict, message: str) -> None:

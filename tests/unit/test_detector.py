@@ -225,6 +225,16 @@ def test_valid_ratios_count_the_first_row_and_column() -> None:
     assert torch.allclose(valid_ratios([padding]), torch.tensor([[[2 / 5, 3 / 4]]]))
 
 
+def test_valid_ratios_have_the_precision_that_pytorch_is_set_to() -> None:
+    padding = torch.zeros(1, 4, 3, dtype=torch.bool)
+    padding[0, :, 1:] = True
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert valid_ratios([padding])[0, 0, 0].item() == 1 / 3
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_reference_points_of_an_unpadded_map_are_the_centres_of_its_cells() -> None:
     points = encoder_reference_points(((2, 2),), torch.ones(1, 1, 2))
     assert points[0, :, 0].tolist() == [[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]]
