@@ -85,8 +85,8 @@ def run(args: Namespace) -> int | None:
         raise UserError(f"--ops_backend {args.ops_backend}: {error}") from error
     torch.use_deterministic_algorithms(args.deterministic, warn_only=True)
     checkpoint, name = open_checkpoint(args, output_dir)
-    if (given := vars(args).pop("given_flags", None)) is not None and checkpoint is not None:
-        args = with_flags_of(args, given, checkpoint, name)
+    if checkpoint is not None and (args.eval or args.analyse):
+        args = with_flags_of(args, args.given_flags, checkpoint, name)
 
     train_set = None if args.eval or args.analyse else build_dataset("train", args)
     val_set = build_dataset("val", args)

@@ -51,8 +51,8 @@ def prepare_output_dir(name: str) -> Path | None:
 
 
 def plain_args(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the command line as a dictionary that JSON and checkpoints can hold."""
-    return json.loads(json.dumps(vars(args)))
+    """Return the values of all flags as a dictionary that JSON and checkpoints can hold."""
+    return json.loads(json.dumps({name: value for name, value in vars(args).items() if name != "given_flags"}))
 
 
 def write_run_files(args: argparse.Namespace, folder: Path) -> None:

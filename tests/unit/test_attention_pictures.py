@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from main import get_args_parser, main
 from models import build_model
 from models.detector import Detector
 from tests.cli import run
@@ -19,6 +20,7 @@ from util.analysis.attention_pictures import arrays, layers_name
 from util.analysis.attention_plot import Titles, close_view, draw_looks
 from util.analysis.points import Look, Watched, best_queries, tokens_at, watch_points
 from util.boxes import xyxy_to_cxcywh
+from util.environment import plain_args
 from util.errors import UserError
 from util.picture_args import wanted_queries
 from util.structures import DetectorOutput, Memory
@@ -299,13 +301,13 @@ def test_numbers_have_a_place_for_every_point() -> None:
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     """Weights of the model of `tests.cli`, with the names of its six classes."""
-    from main import get_args_parser
     from tests.cli import FLAGS
 
     torch.manual_seed(0)
     args = get_args_parser().parse_args(f"{FLAGS} --num_classes 6 --dec_layers 2".split())
     path = tmp_path_factory.mktemp("weights") / "weights.pth"
-    torch.save({"model": build_model(args)[0].state_dict(), "class_names": list("abcdef")}, path)
+    content = {"format": 1, "model": build_model(args)[0].state_dict(), "args": plain_args(args)}
+    torch.save(content | {"class_names": list("abcdef")}, path)
     return path
 
 
@@ -369,6 +371,12 @@ def test_files_are_drawn_without_a_data_set(weights, tmp_path, capsys) -> None:
     with np.load(tmp_path / "out" / "attention" / names[0]) as found:
         assert found["size"].tolist() == [50, 90]
         assert (found["reference"][..., :2] < [90, 50]).all()
+        expected = found["reference"]
+    # The file says which model it is.
+    bare = f"--device cpu --test_size 32 --attention_queries 0 --attention_images {tmp_path}/a/photo.png"
+    assert main(f"{bare} --analyse attention --resume {weights} --output_dir {tmp_path}/bare".split()) == 0
+    with np.load(tmp_path / "bare" / "attention" / "photo_query_0_layers_1-2.npz") as found:
+        assert found["reference"] == pytest.approx(expected, rel=1e-4, nan_ok=True)
     assert analyse(weights, tmp_path / "out", f"--attention_images {tmp_path}/text.jpg") == 2
     assert "text.jpg cannot be read as an image" in capsys.readouterr().err
 

@@ -19,6 +19,7 @@ from util import dist
 from util.checkpoint import load_weights, read_checkpoint, stored_class_names
 from util.environment import prepare_output_dir, write_run_files
 from util.errors import UserError
+from util.stored_flags import with_flags_of
 
 
 class ImageFiles(DetectionDataset):
@@ -83,6 +84,7 @@ def attention_of_files(args: Namespace) -> None:
     if args.resume == "auto":
         args.resume = str(folder / "checkpoint.pth")
     content = read_checkpoint(args.resume)
+    args = with_flags_of(args, args.given_flags, content, args.resume)
     names = stored_class_names(content)
     if args.num_classes is None:
         if names is None:
