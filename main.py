@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,20 @@ from util import dist
 from util.analysis import run_analysis
 from util.arg_rules import check_args
 from util.args import get_args_parser
-from util.assignments import Assignments
-from util.checkpoint import (
-    brings_backbone,
-    compare_classes,
-    init_from,
-    load_criterion,
-    load_weights,
-    read_checkpoint,
-    stored_args,
-)
+from util.checkpoint import brings_backbone, compare_classes, stored_args
 from util.commands import chosen_command
 from util.compile import prepare
-from util.correspondence import Correspondences
-from util.engine import StepSettings, TrainStep, distribute, train_one_epoch
+from util.engine import TrainStep, distribute, train_one_epoch
 from util.environment import describe_run, effective_batch, plain_args, prepare_output_dir, write_run_files
 from util.errors import UserError
-from util.evaluation import Evaluation, best_result
+from util.evaluation import Evaluation, best_result, build_evaluation, evaluate_checkpoint
 from util.infer_args import given_flags
 from util.known_errors import explain
 from util.logger import RunLog
 from util.nonfinite import NonFiniteGuard, skips_on_device
 from util.optim import ModelEma, StepSchedule, build_optimizer, drop_epochs, freeze, lr_scale_factor
 from util.rng import seed_everything
+from util.starting import continues_in, open_checkpoint, start_from
 from util.stored_flags import with_flags_of
 from util.told_flags import on_eval
 from util.train_state import TrainState
@@ -129,23 +120,6 @@ def run(args: Namespace) -> int | None:
     dist.info(f"outputs are in {output_dir}" if output_dir else "nothing was saved: there is no --output_dir")
 
 
-def open_checkpoint(args: Namespace, output_dir: Path | None) -> tuple[dict[str, Any] | None, str]:
-    """Return content and name of the file that `--resume` means, (None, "") if there is none to resume."""
-    name = args.resume
-    if name == "auto":
-        latest = output_dir / "checkpoint.pth"
-        if (args.eval or args.analyse) and not latest.is_file():
-            raise UserError(f"--resume auto: there is no {latest}")
-        name = str(latest) if latest.is_file() else ""
-        dist.info(f"--resume auto: {name or 'no checkpoint.pth yet, this is a new run'}")
-    return (read_checkpoint(name), name) if name else (None, "")
-
-
-def continues_in(output_dir: Path | None, name: str) -> bool:
-    """Say whether the checkpoint `name` lies in the folder of this run."""
-    return bool(name) and output_dir is not None and Path(name).resolve().parent == output_dir.resolve()
-
-
 def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Return detector, criterion and post-processor; without `download` a checkpoint will fill the backbone."""
     if not download and args.backbone_weights != "none":
@@ -153,44 +127,6 @@ def build_parts(args: Namespace, device: torch.device, download: bool) -> tuple[
     model, criterion, postprocessor = build_model(args)
     model = prepare(model.to(device), channels_last=args.channels_last, compiled=args.compile)
     return model, criterion.to(device), postprocessor
-
-
-def build_evaluation(
-    args: Namespace,
-    loader: DataLoader,
-    criterion: nn.Module,
-    postprocessor: nn.Module,
-    device: torch.device,
-    output_dir: Path | None,
-) -> Evaluation:
-    """Return what evaluates the images of `loader`, in training and with `--eval`."""
-    settings = StepSettings(args.amp, args.grad_accum_steps, args.clip_max_norm, args.print_freq, args.save_steps)
-    watched = args.plot_correspondence
-    return Evaluation(
-        loader=loader,
-        criterion=criterion if args.eval_loss else None,
-        postprocessor=postprocessor,
-        settings=settings,
-        device=device,
-        output_dir=output_dir,
-        topk=args.topk,
-        evaluator=args.evaluator,
-        draw=args.draw,
-        curves=args.eval_curves,
-        confusion_score=args.confusion_score,
-        correspondences=Correspondences(criterion, loader.dataset, watched) if watched else None,
-        assignments=Assignments(criterion, loader.dataset, args.plot_assignment) if args.plot_assignment else None,
-    )
-
-
-def start_from(args: Namespace, model: nn.Module, class_names: Sequence[str]) -> None:
-    """Load `--init_from` and say what of it was used."""
-    report, copied = init_from(model, args.init_from, class_names, args.init_class_rows)
-    dist.info(f"--init_from {args.init_from}: took {len(report.loaded)} tensors, the rest keeps its initial values")
-    for line in [*report.lines, *report.text().splitlines()]:
-        dist.info(f"  {line}")
-    if args.init_class_rows:
-        dist.info(f"class rows copied by name: {', '.join(copied) or 'none, no class has the same name in both'}")
 
 
 def build_state(args: Namespace, model: nn.Module, criterion: nn.Module, device: torch.device, dataset) -> TrainState:
@@ -271,29 +207,6 @@ def draw_curves(output_dir: Path) -> None:
 def count_parameters(model: nn.Module) -> int:
     """Return the number of trained parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def evaluate_checkpoint(
-    args: Namespace, evaluation: Evaluation, model: nn.Module, content: Mapping[str, Any], name: str
-) -> None:
-    """Evaluate the weights of a file, and its averaged weights with `--use_ema`."""
-    for line in load_weights(model, content, name=name).lines:
-        dist.info(f"{name}: {line}")
-    if evaluation.criterion is not None and not load_criterion(evaluation.criterion, content, name):
-        dist.info(f"{name} holds no learned matcher: evaluated without losses")
-        evaluation.criterion = None
-    watched = evaluation.correspondences or evaluation.assignments
-    if watched is not None and not load_criterion(watched.criterion, content, name):
-        raise UserError(
-            f"{watched.flag}: {name} holds no learned matcher; give a checkpoint of the training, not one of "
-            "weights only as checkpoint_best.pth"
-        )
-    ema = ModelEma(model, args.ema_decay) if args.use_ema else None
-    if ema is not None:
-        if "ema" not in content:
-            raise UserError(f"--use_ema: {name} holds no averaged weights; leave --use_ema out")
-        load_weights(ema.module, content["ema"]["model"], name=name)
-    evaluation.run(model, ema, content.get("epoch", 0), final=True)
 
 
 if __name__ == "__main__":

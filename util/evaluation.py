@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +18,10 @@ from datasets.eval_backends import find_backend
 from datasets.evaluators import CocoEvaluator
 from util import dist
 from util.assignments import Assignments
+from util.checkpoint import load_criterion, load_weights
 from util.correspondence import Correspondences
 from util.engine import StepSettings, evaluate
+from util.errors import UserError
 from util.eval_curves import eval_curves, write_eval_curves
 from util.flips import Flips
 from util.optim import ModelEma
@@ -127,3 +130,54 @@ def best_result(entries: Iterable[Mapping[str, Any]], best: dict[str, Any] | Non
             if numbers and (best is None or numbers[0] > best["ap"]):
                 best = {"ap": numbers[0], "epoch": entry["epoch"], "weights": weights}
     return best
+
+
+def build_evaluation(
+    args: Namespace,
+    loader: DataLoader,
+    criterion: nn.Module,
+    postprocessor: nn.Module,
+    device: torch.device,
+    output_dir: Path | None,
+) -> Evaluation:
+    """Return what evaluates the images of `loader`, in training and with `--eval`."""
+    settings = StepSettings(args.amp, args.grad_accum_steps, args.clip_max_norm, args.print_freq, args.save_steps)
+    watched = args.plot_correspondence
+    return Evaluation(
+        loader=loader,
+        criterion=criterion if args.eval_loss else None,
+        postprocessor=postprocessor,
+        settings=settings,
+        device=device,
+        output_dir=output_dir,
+        topk=args.topk,
+        evaluator=args.evaluator,
+        draw=args.draw,
+        curves=args.eval_curves,
+        confusion_score=args.confusion_score,
+        correspondences=Correspondences(criterion, loader.dataset, watched) if watched else None,
+        assignments=Assignments(criterion, loader.dataset, args.plot_assignment) if args.plot_assignment else None,
+    )
+
+
+def evaluate_checkpoint(
+    args: Namespace, evaluation: Evaluation, model: nn.Module, content: Mapping[str, Any], name: str
+) -> None:
+    """Evaluate the weights of a file, and its averaged weights with `--use_ema`."""
+    for line in load_weights(model, content, name=name).lines:
+        dist.info(f"{name}: {line}")
+    if evaluation.criterion is not None and not load_criterion(evaluation.criterion, content, name):
+        dist.info(f"{name} holds no learned matcher: evaluated without losses")
+        evaluation.criterion = None
+    watched = evaluation.correspondences or evaluation.assignments
+    if watched is not None and not load_criterion(watched.criterion, content, name):
+        raise UserError(
+            f"{watched.flag}: {name} holds no learned matcher; give a checkpoint of the training, not one of "
+            "weights only as checkpoint_best.pth"
+        )
+    ema = ModelEma(model, args.ema_decay) if args.use_ema else None
+    if ema is not None:
+        if "ema" not in content:
+            raise UserError(f"--use_ema: {name} holds no averaged weights; leave --use_ema out")
+        load_weights(ema.module, content["ema"]["model"], name=name)
+    evaluation.run(model, ema, content.get("epoch", 0), final=True)

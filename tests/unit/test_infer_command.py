@@ -204,7 +204,7 @@ def test_every_frame_of_a_video_is_an_image(file: Path, tmp_path: Path, capsys) 
     assert [(e["frame"], e["seconds"]) for e in listed[1:]] == [(0, 0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
     expected = load(file, "cpu", score_threshold=0)(noise(48, 33, seed=3))
     scores = [e["score"] for e in entries(out) if e.get("frame") == 3]
-    assert scores == pytest.approx(expected.scores.tolist(), abs=1e-5)
+    assert scores == pytest.approx(expected.scores.tolist(), abs=1e-6)
     with av.open(str(out / "videos" / "clip.mp4")) as container:
         pictures = [frame.to_image() for frame in container.decode(video=0)]
         assert container.streams.video[0].average_rate == 10
