@@ -125,8 +125,9 @@ class Deadly(Dataset):
 
 
 def test_a_loader_process_that_was_killed_is_explained() -> None:
+    # A process of its own: a fork of this one inherits what the threads of earlier tests hold, and may wait for ever.
     with pytest.raises(RuntimeError) as caught:
-        next(iter(DataLoader(Deadly(), num_workers=1)))
+        next(iter(DataLoader(Deadly(), num_workers=1, multiprocessing_context="spawn")))
     text = explain(caught.value, parsed("--num_workers 7"))
     assert text.startswith("DataLoader worker (pid")
     assert "fewer --num_workers (now 7)" in text
